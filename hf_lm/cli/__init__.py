@@ -1,0 +1,66 @@
+"""
+The `hf-lm` command. One thin module for each sub-command: `add_arguments(parser)` and `run(arguments) -> exit code`.
+
+To add a command, add its module here and a line to `COMMANDS`. Modules are imported only when they are called, and
+import torch only inside `run`, so that help and usage errors answer at once.
+
+Exit codes: 0 success, 1 failure, 2 a mistake in the input (one line on standard error), 130 interrupted.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+
+# command: (module in this folder, what it does)
+COMMANDS = {
+    "tokenizer": ("tokenizer", "train a tokenizer on text files"),
+    "train": ("train", "train or fine-tune a model from a YAML recipe"),
+    "generate": ("generate", "continue a prompt"),
+    "evaluate": ("evaluate", "bits per byte and perplexity of a model on a text"),
+    "score": ("score", "log-probability of sentences and of each of their tokens"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `hf-lm` itself; the arguments of a command belong to its module."""
+    parser = argparse.ArgumentParser(
+        prog="hf-lm",
+        description="Train, use and share a Transformer language model of the Hugging Face ecosystem.",
+        epilog="hf-lm COMMAND --help shows the arguments of a command.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, help_text) in COMMANDS.items():
+        subparsers.add_parser(name, help=help_text, add_help=False)
+    return parser
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; the library's nested validation errors are reduced to their cause."""
+    while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    options, rest = build_parser().parse_known_args(argv)
+    module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)
+    parser = argparse.ArgumentParser(prog=f"hf-lm {options.command}", description=module.__doc__)
+    module.add_arguments(parser)
+    try:
+        arguments = parser.parse_args(rest)
+        return module.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output is gone (hf-lm ... | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"hf-lm {options.command}: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1

@@ -1,0 +1,273 @@
+# Copyright 2026 The hf_lm authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the hf_lm decoder-only Transformer language model."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@strict
+class HfLmConfig(PreTrainedConfig):
+    r"""
+    Configuration of an hf_lm model. One decoder, many families: every field below exists because at least one family
+    of published checkpoints (named in brackets) or a measured gain in from-scratch training needs it. The defaults
+    are the from-scratch model of `recipes/moby_dick`.
+
+    Sizes:
+        vocab_size (`int`): number of rows of the embedding matrix.
+        hidden_size (`int`): width of the residual stream.
+        intermediate_size (`int`, *optional*): width of the MLP; default `4 * hidden_size` for a plain MLP, two thirds
+            of that for a gated one (the same number of parameters).
+        num_hidden_layers (`int`): number of decoder layers.
+        num_attention_heads (`int`): number of query heads.
+        num_key_value_heads (`int`, *optional*): number of key/value heads (grouped-query attention,
+            arXiv:2305.13245); default: as many as query heads.
+        head_dim (`int`, *optional*): width of one head; default `hidden_size // num_attention_heads`
+            [free in Qwen3, Mistral, Gemma].
+        max_position_embeddings (`int`): longest sequence the model was made for, in tokens.
+
+    Attention:
+        attention_bias (`bool`): bias on the query, key and value projections [Qwen2, StableLM, Phi, GPT-2, ...].
+        attention_out_bias (`bool`): bias on the output projection [Starcoder2, Phi, GPT-NeoX, GPT-2].
+        qk_norm (`"head"`, `"full"` or `None`): RMS norm of queries and keys, per head [Qwen3, Gemma 3] or over the
+            full projection width [OLMo2].
+        attention_multiplier (`float`, *optional*): factor on `q @ k.T`; default `head_dim ** -0.5`
+            [Granite; Gemma's `query_pre_attn_scalar ** -0.5`].
+        attn_logit_softcapping (`float`, *optional*): `cap * tanh(scores / cap)` before the softmax [Gemma 2].
+        layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer; default:
+            all sliding if `sliding_window` is set [Mistral], else all full. Alternating in [Gemma 2 and 3].
+        sliding_window (`int`, *optional*): how many tokens, itself included, a token of a sliding layer sees.
+
+    Positions:
+        position_embedding_type (`"rope"` or `"learned"`): rotary (arXiv:2104.09864) or learned absolute [GPT-2].
+        rope_parameters (`dict`, *optional*): `rope_type`, `rope_theta`, `partial_rotary_factor` [StableLM, Phi,
+            GPT-NeoX] and the scaling of any type the library knows; or one such dict per layer type [Gemma 3].
+        rope_interleaved (`bool`): rotate neighbouring pairs instead of the two halves of a head [Cohere].
+        no_rope_layers (`list[int]`, *optional*): 1 for each layer with rotary embedding, 0 for one without [SmolLM3].
+
+    Norms and residual stream:
+        norm_type (`"rmsnorm"` or `"layernorm"`): [Llama and most; GPT-2, GPT-NeoX, Phi, StableLM, Starcoder2, Cohere].
+        norm_eps (`float`): added to the variance.
+        norm_bias (`bool`): bias of the LayerNorms [all with LayerNorm but Cohere].
+        norm_offset (`bool`): the RMS norm multiplies by `1 + weight` [Gemma].
+        norm_position (`"pre"`, `"post"` or `"sandwich"`): norms before each sub-layer [Llama and most], after it
+            [OLMo2], or both [Gemma 2 and 3].
+        parallel_residual (`"none"`, `"shared"` or `"separate"`): attention and MLP both read the layer's input,
+            through one norm [Cohere, Phi, StableLM-2-12B] or one each [GPT-NeoX].
+        residual_multiplier (`float`): factor on each sub-layer's output [Granite].
+
+    MLP:
+        hidden_act (`str`): activation, a key of `transformers.activations.ACT2FN`. The default, squared ReLU
+            (arXiv:2109.08668), is for from-scratch models.
+        mlp_type (`"gated"` or `"plain"`): `down(act(gate(x)) * up(x))` [Llama and most] or `down(act(up(x)))`
+            [GPT-2, GPT-NeoX, Phi, Starcoder2].
+        mlp_bias (`bool`): bias on all MLP projections [GPT-2, GPT-NeoX, Phi, Starcoder2].
+
+    Embedding and head:
+        tie_word_embeddings (`bool`): `lm_head` shares the embedding matrix.
+        embedding_multiplier (`float`): factor on the token embeddings [Gemma, Granite].
+        lm_head_bias (`bool`): bias on `lm_head` [Phi].
+        logit_scale (`float`): factor on the logits [Cohere; 1 / `logits_scaling` of Granite].
+        final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` [Gemma 2].
+
+    Training:
+        initializer_range (`float`): standard deviation of the initial weights.
+        zero_init_residual (`bool`): start `o_proj` and `down_proj` at zero, so that each layer starts as the identity.
+        embedding_dropout, residual_dropout, attention_dropout (`float`): probabilities [GPT-2, Phi, Starcoder2, ...].
+        classifier_dropout (`float`): before the token-classification head.
+
+    Raises:
+        ValueError: on construction, if fields are out of range or contradict each other (all `validate_*` methods).
+
+    Example:
+        >>> from hf_lm import HfLmConfig, HfLmForCausalLM
+        >>> model = HfLmForCausalLM(HfLmConfig(vocab_size=512, hidden_size=64, num_attention_heads=4))
+    """
+
+    model_type = "hf_lm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    qk_norm: Literal["head", "full"] | None = "head"
+    attention_multiplier: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+
+    position_embedding_type: Literal["rope", "learned"] = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+    rope_interleaved: bool = False
+    no_rope_layers: list[int] | None = None
+
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    norm_offset: bool = False
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    parallel_residual: Literal["none", "shared", "separate"] = "none"
+    residual_multiplier: float | int = 1.0
+
+    hidden_act: str = "relu2"
+    mlp_type: Literal["gated", "plain"] = "plain"
+    mlp_bias: bool = False
+
+    tie_word_embeddings: bool = True
+    embedding_multiplier: float | int = 1.0
+    lm_head_bias: bool = False
+    logit_scale: float | int = 1.0
+    final_logit_softcapping: float | int | None = None
+
+    initializer_range: float | int = 0.02
+    zero_init_residual: bool = True
+    embedding_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            self._require_positive(name)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}), unless head_dim is given."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size * 4 if self.mlp_type == "plain" else self.hidden_size * 8 // 3
+        if self.layer_types is None:
+            layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be greater than 0, got {value}.")
+
+    def validate_sizes(self):
+        """Sizes and divisors are positive, probabilities are probabilities, factors are not negative."""
+        self._require_positive(
+            "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+            "norm_eps", "attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping",
+            "embedding_multiplier", "residual_multiplier", "logit_scale",
+        )  # fmt: skip
+        if not 0.0 <= self.initializer_range <= 1.0:
+            raise ValueError(f"initializer_range must be between 0 and 1, got {self.initializer_range}.")
+        for name in ("embedding_dropout", "residual_dropout", "attention_dropout", "classifier_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}.")
+
+    def validate_heads(self):
+        """Query heads share key/value heads evenly; a rotated head has an even number of rotated dimensions."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        for rope in self.rope_parameters_by_layer_type().values():
+            known = ("default", *ROPE_INIT_FUNCTIONS)
+            if rope["rope_type"] not in known:
+                raise ValueError(f"rope_type must be one of {', '.join(known)}, got {rope['rope_type']!r}.")
+            rotated = int(self.head_dim * (rope.get("partial_rotary_factor") or 1.0))
+            if rotated % 2 or not 0 < rotated <= self.head_dim:
+                raise ValueError(
+                    f"The rotated part of a head must be even and between 2 and head_dim ({self.head_dim}), got "
+                    f"{rotated} from rope_parameters {rope}."
+                )
+            if (rope.get("rope_theta") or 1.0) <= 0:
+                raise ValueError(f"rope_theta must be greater than 0, got {rope['rope_theta']}.")
+
+    def validate_layers(self):
+        """The two per-layer lists fit the number of layers and the other fields."""
+        for name in ("layer_types", "no_rope_layers"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(value)} entries, but num_hidden_layers is {self.num_hidden_layers}."
+                )
+        unknown = sorted(set(self.layer_types) - set(ATTENTION_LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types may hold {' and '.join(ATTENTION_LAYER_TYPES)}, got {', '.join(unknown)}.")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types holds sliding_attention, which needs sliding_window (tokens), got None.")
+        if self.no_rope_layers is not None:
+            if self.position_embedding_type != "rope":
+                raise ValueError('no_rope_layers needs position_embedding_type "rope", got "learned".')
+            if set(self.no_rope_layers) - {0, 1}:
+                raise ValueError(f"no_rope_layers may hold 0 (no rotary) and 1 (rotary), got {self.no_rope_layers}.")
+
+    def validate_blocks(self):
+        """Norms, residual paths and activations that can be built together."""
+        from transformers.activations import ACT2FN  # here, since it loads torch
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}.")
+        if self.parallel_residual != "none" and self.norm_position != "pre":
+            raise ValueError(
+                f'parallel_residual "{self.parallel_residual}" needs norm_position "pre", got "{self.norm_position}".'
+            )
+        if self.norm_type == "layernorm" and self.norm_offset:
+            raise ValueError('norm_offset is for norm_type "rmsnorm" only, got "layernorm".')
+        if self.norm_type == "rmsnorm" and self.norm_bias:
+            raise ValueError('norm_bias is for norm_type "layernorm" only, got "rmsnorm".')
+
+    def rope_parameters_by_layer_type(self) -> dict[str, dict]:
+        """
+        The rotary parameters each kind of layer uses: `{layer type: parameters}`, empty with learned positions.
+
+        Raises:
+            ValueError: `rope_parameters` names layer types, but not all that `layer_types` holds.
+        """
+        if self.position_embedding_type != "rope":
+            return {}
+        rope = self.rope_parameters
+        if not any(key in ATTENTION_LAYER_TYPES for key in rope):
+            return dict.fromkeys(set(self.layer_types), rope)
+        missing = sorted(layer_type for layer_type in set(self.layer_types) if not rope.get(layer_type))
+        if missing:
+            raise ValueError(f"rope_parameters has no entry for {', '.join(missing)}; it has {', '.join(rope)}.")
+        return {layer_type: rope[layer_type] for layer_type in set(self.layer_types)}
+
+
+__all__ = ["HfLmConfig"]

@@ -1,0 +1,692 @@
+# Copyright 2026 The hf_lm authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The hf_lm model: one decoder-only Transformer that `HfLmConfig` alone turns into any dense family of the field.
+
+Token embedding -> decoder layers (multi-head self-attention, MLP, norms, residual stream) -> final norm -> head.
+The file stands alone (torch, transformers and its sibling configuration): it is copied to the Hub beside the weights.
+"""
+
+from collections.abc import Callable
+from copy import copy
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hf_lm import HfLmConfig
+
+
+class HfLmRMSNorm(nn.Module):
+    """
+    Root-mean-square norm (arXiv:1910.07467) over the last dimension, computed in float32:
+    `x / sqrt(mean(x ** 2) + eps) * (weight + offset)`.
+    """
+
+    def __init__(self, size: int, eps: float, offset: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.float() + 1.0 if self.offset else self.weight
+        if weight.dtype == hidden_states.dtype:  # the fused kernel keeps float32 inside
+            return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.eps)
+        normed = nn.functional.rms_norm(hidden_states.float(), weight.shape, eps=self.eps)
+        return (normed * weight).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}, offset={self.offset}"
+
+
+def build_norm(config: HfLmConfig) -> nn.Module:
+    """The norm of the residual stream that `config` asks for."""
+    if config.norm_type == "layernorm":
+        return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+    return HfLmRMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+
+
+class HfLmScaledEmbedding(nn.Embedding):
+    """Embedding times a constant, which is first rounded to the dtype of the weights, as Gemma does."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.scalar_embed_scale = embed_scale
+        self.embed_scale = nn.Buffer(torch.tensor(embed_scale), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class HfLmRotaryEmbedding(nn.Module):
+    """
+    Rotary position embedding (arXiv:2104.09864): the cosines and sines of each position's angles.
+
+    `config.rope_parameters` must be one flat dict; a model whose layer types differ has one of these modules for each.
+    """
+
+    def __init__(self, config: HfLmConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: HfLmConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `theta ** (-2i / dim)` of shape `(rotated dims / 2,)`, and the scaling 1."""
+        dim = int(config.head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+        exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        if self.config.rope_interleaved:
+            angles = angles.repeat_interleave(2, dim=-1)
+        else:
+            angles = torch.cat((angles, angles), dim=-1)
+        return (
+            (angles.cos() * self.attention_scaling).to(x.dtype),
+            (angles.sin() * self.attention_scaling).to(x.dtype),
+        )
+
+
+def rotate_half(x: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Turn each pair `(a, b)` of the last dimension into `(-b, a)`; pairs are halves apart, or neighbours."""
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rotate the leading dimensions of each head by its position's angles; the others pass through.
+
+    Args:
+        q, k: `(batch, heads, sequence, head_dim)`.
+        cos, sin: `(batch, sequence, rotated dims)`.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = cos.shape[-1]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        turning = x[..., :rotated]
+        turned = turning * cos + rotate_half(turning, interleaved) * sin
+        return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
+    """`(batch, kv_heads, sequence, head_dim)` -> `(batch, kv_heads * repeats, sequence, head_dim)`."""
+    return hidden_states if repeats == 1 else hidden_states.repeat_interleave(repeats, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `softmax(Q K^T * scaling + mask) V` (arXiv:1706.03762) written out; the softmax is in float32 or better.
+
+    Args:
+        query: `(batch, heads, queries, head_dim)`; key, value: `(batch, kv_heads, keys, head_dim)`.
+        attention_mask: added to the scores, broadcastable to `(batch, heads, queries, keys)`.
+
+    Returns:
+        The output `(batch, queries, heads, head_dim)` and the weights `(batch, heads, queries, keys)`.
+    """
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    softmax_dtype = torch.promote_types(torch.float32, query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class HfLmAttention(nn.Module):
+    """Multi-head self-attention with grouped key/value heads."""
+
+    def __init__(self, config: HfLmConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.attention_multiplier or config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None
+        self.use_rope = config.position_embedding_type == "rope" and (
+            config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        )
+
+        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_out_bias)
+        self.o_proj.starts_at_zero = config.zero_init_residual
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
+            self.q_norm = HfLmRMSNorm(self.head_dim if per_head else q_size, config.norm_eps, config.norm_offset)
+            self.k_norm = HfLmRMSNorm(self.head_dim if per_head else kv_size, config.norm_eps, config.norm_offset)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.view(head_shape), key.view(head_shape), value.view(head_shape)
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+        if self.use_rope:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.config.rope_interleaved)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if self.config.attn_logit_softcapping is not None:
+            kwargs["softcap"] = self.config.attn_logit_softcapping
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+
+class HfLmMLP(nn.Module):
+    """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))` (arXiv:2002.05202)."""
+
+    def __init__(self, config: HfLmConfig):
+        super().__init__()
+        self.gate_proj = None
+        if config.mlp_type == "gated":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.starts_at_zero = config.zero_init_residual
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+# Which norm (by its name in published checkpoints) stands before attention, after it, before the MLP, after it.
+NORM_NAMES = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+
+class HfLmDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each added to the residual stream; one after the other or both from the layer's input."""
+
+    def __init__(self, config: HfLmConfig, layer_idx: int):
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.residual_multiplier = config.residual_multiplier
+        self.self_attn = HfLmAttention(config, layer_idx)
+        self.mlp = HfLmMLP(config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+        self.norm_names = NORM_NAMES[config.norm_position]
+        if config.parallel_residual == "shared":
+            self.norm_names = ("input_layernorm", None, None, None)
+        for name in filter(None, self.norm_names):
+            self.add_module(name, build_norm(config))
+
+    def _norm(self, place: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        name = self.norm_names[place]
+        return hidden_states if name is None else getattr(self, name)(hidden_states)
+
+    def _branch(self, output: torch.Tensor) -> torch.Tensor:
+        """What a sub-layer adds to the residual stream."""
+        output = self.residual_dropout(output)
+        return output if self.residual_multiplier == 1.0 else output * self.residual_multiplier
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_input = self._norm(0, hidden_states)
+        attention_output, _ = self.self_attn(
+            attention_input,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        attention_output = self._branch(self._norm(1, attention_output))
+        if self.parallel_residual == "shared":
+            return hidden_states + attention_output + self._branch(self.mlp(attention_input))
+        if self.parallel_residual == "separate":
+            return hidden_states + attention_output + self._branch(self.mlp(self._norm(2, hidden_states)))
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self._branch(self._norm(3, self.mlp(self._norm(2, hidden_states))))
+
+
+def packed_document_ids(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Number the documents of each row: a new one starts where a position does not follow on the one before it.
+
+    Padding (`attention_mask == 0`) is stepped over: positions on both of its sides may follow on each other.
+
+    Args:
+        position_ids: `(batch, sequence)`.
+        attention_mask: `(batch, sequence)`, 1 for real tokens.
+
+    Returns:
+        `(batch, sequence)`, counting from 0 in each row.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    last_real = torch.where(real, index, -1).cummax(dim=-1).values
+    previous = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    follows = position_ids == position_ids.gather(1, previous.clamp(min=0)) + 1
+    return (real & (previous >= 0) & ~follows).long().cumsum(dim=-1)
+
+
+def varlen_arguments(document_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict:
+    """
+    What FlashAttention's variable-length kernels need to keep documents (and padding) apart: the cumulative lengths
+    of all runs of the flattened batch.
+    """
+    runs = document_ids if attention_mask is None else document_ids * 2 + attention_mask.long()
+    starts = torch.ones_like(runs, dtype=torch.bool)
+    starts[:, 1:] = runs[:, 1:] != runs[:, :-1]
+    starts = starts.flatten().nonzero().flatten()
+    lengths = torch.nn.functional.pad(starts, (0, 1), value=runs.numel()).to(torch.int32)
+    longest = int(lengths.diff().max())
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
+
+
+def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None = None) -> None:
+    """
+    Refuse ids outside `[0, size)`. On an accelerator reading them back would stall the step, so only CPU tensors are
+    looked at; there the kernels' own assertions stop the run.
+
+    Raises:
+        ValueError: naming the id and the limit.
+    """
+    if ids.numel() == 0:
+        raise ValueError(f"{name} must hold at least one token, got shape {tuple(ids.shape)}.")
+    if ids.device.type != "cpu" or is_tracing(ids):
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low == ignore_index and high < size:  # the usual case of masked labels: look at the others
+        low = int(torch.where(ids == ignore_index, 0, ids).min())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be between 0 and {size - 1}, got {low if low < 0 else high}.")
+
+
+class HfLmPreTrainedModel(PreTrainedModel):
+    config: HfLmConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HfLmDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HfLmDecoderLayer, "attentions": HfLmAttention}
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        """SDPA has no soft cap: models with one fall back to eager attention, and say so if SDPA is asked for."""
+        return self.config.attn_logit_softcapping is None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if getattr(module, "starts_at_zero", False) or (isinstance(module, HfLmRMSNorm) and module.offset):
+            init.zeros_(module.weight)
+        elif isinstance(module, HfLmScaledEmbedding):
+            init.constant_(module.embed_scale, module.scalar_embed_scale)
+
+
+class HfLmModel(HfLmPreTrainedModel):
+    """The decoder without a head: token ids or embeddings in, the final norm's output out."""
+
+    def __init__(self, config: HfLmConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        if config.embedding_multiplier == 1.0:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        else:
+            self.embed_tokens = HfLmScaledEmbedding(
+                config.vocab_size, config.hidden_size, self.padding_idx, config.embedding_multiplier
+            )
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(
+            [HfLmDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = build_norm(config)
+        self.rotary_emb = self._build_rotary_embeddings(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @staticmethod
+    def _build_rotary_embeddings(config: HfLmConfig) -> nn.Module | None:
+        """None, one module for all layers, or a dict of one for each layer type whose parameters differ."""
+        rope = config.rope_parameters_by_layer_type()
+        if not rope:
+            return None
+        if rope[config.layer_types[0]] is config.rope_parameters:
+            return HfLmRotaryEmbedding(config)
+        modules = {}
+        for layer_type, parameters in rope.items():
+            layer_config = copy(config)
+            layer_config.rope_parameters = parameters
+            modules[layer_type] = HfLmRotaryEmbedding(layer_config)
+        return nn.ModuleDict(modules)
+
+    def _position_embeddings(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict:
+        """`{layer type: (cos, sin)}`, each of shape `(batch, sequence, rotated dims)`."""
+        if self.rotary_emb is None:
+            return dict.fromkeys(self.config.layer_types)
+        if isinstance(self.rotary_emb, nn.ModuleDict):
+            return {name: rotary(hidden_states, position_ids) for name, rotary in self.rotary_emb.items()}
+        return dict.fromkeys(self.config.layer_types, self.rotary_emb(hidden_states, position_ids))
+
+    def _attention_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> tuple[dict, dict]:
+        """
+        `{layer type: mask}` and further arguments for the attention functions.
+
+        The library looks for packed documents only without mask and cache; here they are found whatever is passed,
+        as long as nothing is cached yet.
+        """
+        if isinstance(attention_mask, dict):
+            return attention_mask, {}
+        attention_kwargs = {}
+        mask_kwargs = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        is_2d = attention_mask is None or attention_mask.ndim == 2
+        if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and self._nothing_cached(past_key_values):
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+            documents = packed_document_ids(position_ids, attention_mask)
+            if is_tracing(documents) or bool((documents[:, -1] > 0).any()):
+                if is_flash_attention_requested(self.config):
+                    attention_kwargs = varlen_arguments(documents, attention_mask)
+                    mask_kwargs["attention_mask"] = None
+                if past_key_values is not None:  # a static cache has room for more keys than there are yet
+                    sizes = [past_key_values.get_mask_sizes(documents.shape[1], i)[0] for i in range(len(self.layers))]
+                    documents = nn.functional.pad(documents, (0, max(sizes) - documents.shape[1]), value=-1)
+                mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
+
+        build = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        masks = {
+            layer_type: build[layer_type](config=self.config, inputs_embeds=inputs_embeds, **mask_kwargs)
+            for layer_type in set(self.config.layer_types)
+        }
+        return masks, attention_kwargs
+
+    @staticmethod
+    def _nothing_cached(past_key_values: Cache | None) -> bool:
+        if past_key_values is None:
+            return True
+        length = past_key_values.get_seq_length()
+        return not is_tracing(length if isinstance(length, torch.Tensor) else None) and int(length) == 0
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: `(batch, sequence)`, or `inputs_embeds`: `(batch, sequence, hidden)`; exactly one of them.
+            attention_mask: `(batch, cached + sequence)`, 0 for padding on either side; or a prepared 4D mask.
+            position_ids: `(batch, sequence)`; where they do not count on, a new packed document starts, which does
+                not see those before it. Default: counted from the end of the cache.
+            past_key_values: keys and values of earlier tokens.
+
+        Raises:
+            ValueError: both or neither input given, no tokens, ids outside the vocabulary, positions past the
+                learned ones.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks, attention_kwargs = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            check_ids("position_ids", position_ids, self.embed_positions.num_embeddings)
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        hidden_states = self.embedding_dropout(hidden_states)
+
+        position_embeddings = self._position_embeddings(hidden_states, position_ids)
+        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers, strict=False):
+            hidden_states = decoder_layer(
+                hidden_states,
+                position_embeddings=position_embeddings[layer_type],
+                attention_mask=masks[layer_type],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **attention_kwargs,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
+    """The language model: `HfLmModel` and a linear head over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: HfLmConfig):
+        super().__init__(config)
+        self.model = HfLmModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., hidden)` after the final norm -> `(..., vocabulary)`."""
+        logits = self.lm_head(hidden_states)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        if self.config.final_logit_softcapping is not None:
+            logits = self.config.final_logit_softcapping * torch.tanh(logits / self.config.final_logit_softcapping)
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Inputs as in `HfLmModel.forward`, and:
+
+        Args:
+            labels: `(batch, sequence)`, the input ids or -100 where there is nothing to learn; shifted here.
+                `num_items_in_batch` and already shifted `shift_labels` are taken from `kwargs` as the library does.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of the given ones.
+
+        Returns:
+            `loss`: mean negative log-likelihood in nats a token, `logits`: `(batch, sequence, vocabulary)`, ...
+
+        Raises:
+            ValueError: as `HfLmModel.forward`, and labels outside the vocabulary.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.compute_logits(hidden_states[:, kept, :])
+
+        loss = None
+        if labels is not None:
+            check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# The library's heads build their base model with AutoModel, which refuses remote code: only their forward is used.
+class HfLmForSequenceClassification(GenericForSequenceClassification, HfLmPreTrainedModel):
+    """A label for the whole text, from its last token that is not padding (on either side)."""
+
+    def __init__(self, config: HfLmConfig):
+        HfLmPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HfLmModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class HfLmForTokenClassification(GenericForTokenClassification, HfLmPreTrainedModel):
+    """A label for each token."""
+
+    def __init__(self, config: HfLmConfig):
+        HfLmPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HfLmModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class HfLmForQuestionAnswering(GenericForQuestionAnswering, HfLmPreTrainedModel):
+    """Start and end of the answer inside the text."""
+
+    def __init__(self, config: HfLmConfig):
+        HfLmPreTrainedModel.__init__(self, config)
+        self.model = HfLmModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "HfLmForCausalLM",
+    "HfLmForQuestionAnswering",
+    "HfLmForSequenceClassification",
+    "HfLmForTokenClassification",
+    "HfLmModel",
+    "HfLmPreTrainedModel",
+]
