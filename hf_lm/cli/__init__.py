@@ -46,12 +46,13 @@ def one_line(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    options, rest = build_parser().parse_known_args(argv)
+    named = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    options = build_parser().parse_args(argv[: named + 1])
     module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)
     parser = argparse.ArgumentParser(prog=f"hf-lm {options.command}", description=module.__doc__)
     module.add_arguments(parser)
     try:
-        arguments = parser.parse_args(rest)
+        arguments = parser.parse_args(argv[named + 1 :])
         return module.run(arguments) or 0
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
