@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ("generate", "continue a prompt"),
     "evaluate": ("evaluate", "bits per byte and perplexity of a model on a text"),
     "score": ("score", "log-probability of sentences and of each of their tokens"),
+    "card": ("card", "write the model card from the measurements in a model folder"),
 }
 
 
