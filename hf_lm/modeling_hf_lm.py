@@ -7,6 +7,8 @@ Token embedding -> decoder layers (multi-head self-attention, MLP, norms, residu
 The file stands alone (torch, transformers and its sibling configuration): it is copied to the Hub beside the weights.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from copy import copy
 
@@ -15,6 +17,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_causal_mask,
@@ -37,6 +40,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hf_lm import HfLmConfig
+from .functional_hf_lm import linear_cross_entropy, rms_norm
 
 
 class HfLmRMSNorm(nn.Module):
@@ -53,10 +57,7 @@ class HfLmRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight.float() + 1.0 if self.offset else self.weight
-        if weight.dtype == hidden_states.dtype:  # the fused kernel keeps float32 inside
-            return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.eps)
-        normed = nn.functional.rms_norm(hidden_states.float(), weight.shape, eps=self.eps)
-        return (normed * weight).to(hidden_states.dtype)
+        return rms_norm(hidden_states, weight, self.eps, self.training)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}, offset={self.offset}"
@@ -138,7 +139,7 @@ def apply_rotary_pos_emb(
         q, k: `(batch, heads, sequence, head_dim)`.
         cos, sin: `(batch, sequence, rotated dims)`.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(1).to(q.dtype), sin.unsqueeze(1).to(q.dtype)
     rotated = cos.shape[-1]
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,7 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `softmax(Q K^T * scaling + mask) V` (arXiv:1706.03762) written out; the softmax is in float32 or better.
+    `softmax(scaling Q K^T + mask) V` (arXiv:1706.03762) written out. The softmax of 16-bit scores adds up in float32.
 
     Args:
         query: `(batch, heads, queries, head_dim)`; key, value: `(batch, kv_heads, keys, head_dim)`.
@@ -177,13 +178,12 @@ def eager_attention_forward(
     """
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
-    softmax_dtype = torch.promote_types(torch.float32, query.dtype)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     output = torch.matmul(weights, value)
     return output.transpose(1, 2).contiguous(), weights
@@ -421,6 +421,35 @@ class HfLmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HfLmScaledEmbedding):
             init.constant_(module.embed_scale, module.scalar_embed_scale)
 
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, save_code: bool = True, **kwargs):
+        """
+        As upstream, but the folder's `auto_map` names every class of this file, whichever of them is saved (upstream
+        names that one; of a model wrapped by FSDP it saves torch's code in place of ours).
+
+        Args:
+            save_code: False leaves out the Python files and `auto_map`: loading then takes the installed package.
+        """
+        config, known = self.config, self.config.__dict__.pop("auto_map", None)
+        # The code of a class derived elsewhere is for upstream to find.
+        own = type(self).__module__ == __name__ or type(self).__name__.startswith("FSDP")
+        if save_code and own and self.is_remote_code():
+            config.auto_map = dict(AUTO_MAP)
+            if self.should_save_on_this_rank(is_main_process):
+                os.makedirs(save_directory, exist_ok=True)
+                for file in (__file__, *get_relative_import_files(__file__)):
+                    shutil.copyfile(file, os.path.join(save_directory, os.path.basename(file)))
+        if not save_code:
+            config._auto_class = None
+        if own or not save_code:
+            self.is_remote_code = lambda: False
+        try:
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        finally:
+            self.__dict__.pop("is_remote_code", None)
+            config.__dict__.pop("_auto_class", None)
+            if known is not None:
+                config.auto_map = known
+
 
 class HfLmModel(HfLmPreTrainedModel):
     """The decoder without a head: token ids or embeddings in, the final norm's output out."""
@@ -500,6 +529,10 @@ class HfLmModel(HfLmPreTrainedModel):
                     documents = nn.functional.pad(documents, (0, max(sizes) - documents.shape[1]), value=-1)
                 mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
 
+        # The mask takes the dtype of the embeddings; under autocast the scores it is added to have another.
+        device = inputs_embeds.device.type
+        if torch.is_autocast_enabled(device):
+            inputs_embeds = inputs_embeds[..., :1].to(torch.get_autocast_dtype(device))
         build = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         masks = {
             layer_type: build[layer_type](config=self.config, inputs_embeds=inputs_embeds, **mask_kwargs)
@@ -595,6 +628,14 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
             logits = self.config.final_logit_softcapping * torch.tanh(logits / self.config.final_logit_softcapping)
         return logits
 
+    def _may_skip_logits(self, hidden_states: torch.Tensor) -> bool:
+        """The head is the plain layer built above (no adapter, hook, quantiser or sharding), the loss the usual one."""
+        head = self.lm_head
+        is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
+        is_hooked = head._forward_hooks or head._forward_pre_hooks
+        is_usual = self.loss_type == "ForCausalLM" and not hasattr(self, "_loss_function")
+        return is_plain and is_usual and not is_hooked and not is_tracing(hidden_states)
+
     @can_return_tuple
     def forward(
         self,
@@ -606,6 +647,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
@@ -615,6 +657,8 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
             labels: `(batch, sequence)`, the input ids or -100 where there is nothing to learn; shifted here.
                 `num_items_in_batch` and already shifted `shift_labels` are taken from `kwargs` as the library does.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of the given ones.
+            skip_logits: compute the loss without ever holding all logits; default: in training, where labels are
+                given and nothing has taken the place of the head or the loss.
 
         Returns:
             `loss`: mean negative log-likelihood in nats a token, `logits`: `(batch, sequence, vocabulary)`, ...
@@ -632,13 +676,25 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.compute_logits(hidden_states[:, kept, :])
-
-        loss = None
+        loss = logits = None
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None and self._may_skip_logits(hidden_states)
+        if skip_logits:
+            loss = linear_cross_entropy(
+                hidden_states,
+                self.lm_head,
+                labels,
+                logit_scale=self.config.logit_scale,
+                softcap=self.config.final_logit_softcapping,
+                **kwargs,
+            )
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.compute_logits(hidden_states[:, kept, :])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -681,6 +737,16 @@ class HfLmForQuestionAnswering(GenericForQuestionAnswering, HfLmPreTrainedModel)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+# What the Auto classes find in the config.json of a saved model.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hf_lm.HfLmConfig",
+    "AutoModel": "modeling_hf_lm.HfLmModel",
+    "AutoModelForCausalLM": "modeling_hf_lm.HfLmForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hf_lm.HfLmForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hf_lm.HfLmForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_hf_lm.HfLmForQuestionAnswering",
+}
 
 __all__ = [
     "HfLmForCausalLM",

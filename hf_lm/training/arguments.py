@@ -1,0 +1,153 @@
+"""The keys of a training recipe: a YAML file first, the command line over it, every key and type checked."""
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..data.arguments import DataArguments
+from ..errors import InputError
+from .optimizers import has_fast_bfloat16
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a new model (with a new tokenizer, unless one is named) or an existing checkpoint."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of the checkpoint to start from; none: a new model"}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "fields of HfLmConfig, as hidden_size=128,num_hidden_layers=6 or as a mapping in YAML"},
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of a tokenizer; default: the model's, or a new one"}
+    )
+    vocab_size: int = field(default=2048, metadata={"help": "size of a new tokenizer's vocabulary, in tokens"})
+    tokenizer_kind: str = field(default="bpe", metadata={"help": "a new tokenizer's kind: bpe, byte or char"})
+
+    def config_fields(self) -> dict:
+        """
+        `config_overrides` as a dict.
+
+        Raises:
+            InputError: not `name=value` pairs.
+        """
+        text = (self.config_overrides or "").strip()
+        if text.startswith("{"):
+            return json.loads(text)
+        fields = {}
+        for pair in filter(None, (part.strip() for part in text.split(","))):
+            name, separator, value = pair.partition("=")
+            if not separator:
+                raise InputError(f"config_overrides: {pair!r} is not name=value.")
+            fields[name.strip()] = yaml.safe_load(value)
+        return fields
+
+
+@dataclass
+class HfLmTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of from-scratch training and a few keys of our own."""
+
+    output_dir: str | None = field(default="runs/hf_lm", metadata={"help": "folder that receives everything"})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 autocast; default: where the hardware is fast at it"}
+    )
+    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, trackio, wandb, ..., none"})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "hide NaN losses from the log (upstream's default; here they stop the run)"}
+    )
+    lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "shape of the learning rate"})
+    lr_decay_ratio: float = field(
+        default=0.6, metadata={"help": "share of the steps over which warmup_stable_decay falls to zero, linearly"}
+    )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "train the decoder layers' matrices with Muon at this rate; the rest by optim as usual"},
+    )
+    sample_prompts: list[str] | None = field(
+        default=None, metadata={"help": "texts to continue at each evaluation; an empty one starts a document"}
+    )
+    sample_tokens: int = field(default=64, metadata={"help": "length of these samples, in tokens"})
+    overwrite: bool = field(default=False, metadata={"help": "delete the run that output_dir holds and start anew"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_fast_bfloat16("cpu" if self.use_cpu else self._device_type())
+        super().__post_init__()
+
+    @staticmethod
+    def _device_type() -> str:
+        import torch
+
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if accelerator is None else accelerator.type
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def _tokens(name: str, value, action) -> list[str]:
+    """One YAML entry as command-line words, so that both are checked by the same code."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        if action.nargs not in ("+", "*"):
+            raise InputError(f"{name}: expected one value, got the list {value}.")
+        return [f"--{name}", *(str(item) for item in value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def parse_recipe(
+    path: str, overrides: list[str]
+) -> tuple[ModelArguments, DataArguments, HfLmTrainingArguments]:
+    """
+    Read a recipe.
+
+    Args:
+        path: YAML file with a flat mapping of keys to values.
+        overrides: command-line words, `--key value ...`; they win over the file.
+
+    Raises:
+        InputError: the file cannot be read, a key is unknown (the closest known one is named) or a value has the
+            wrong type.
+    """
+    parser = _Parser((ModelArguments, DataArguments, HfLmTrainingArguments), allow_abbrev=False)
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+
+    def unknown(key: str, where: str) -> InputError:
+        close = difflib.get_close_matches(key, actions, n=1)
+        return InputError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path}: must hold keys and values, got {type(recipe).__name__}.")
+
+    words = []
+    for key, value in recipe.items():
+        if key not in actions:
+            raise unknown(str(key), path)
+        words += _tokens(key, value, actions[key])
+    try:
+        parser.parse_args(words)  # by itself first, so that an error names the file
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    try:
+        *parsed, left_over = parser.parse_args_into_dataclasses([*words, *overrides], return_remaining_strings=True)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if left_over:
+        raise unknown(left_over[0].lstrip("-").split("=")[0].replace("-", "_"), "command line")
+    return tuple(parsed)

@@ -1,0 +1,105 @@
+"""What a person sees of a run while it goes on, and how they stop it."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ProgressCallback
+
+
+class HfLmProgressCallback(ProgressCallback):
+    """One progress bar with loss, bits per byte and tokens per second; no lines of dictionaries."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.trainer = trainer
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.started, self.tokens_before = time.perf_counter(), self.trainer.train_tokens
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        names = {"loss": "loss", "eval_loss": "eval_loss", "eval_bits_per_byte": "bits_per_byte"}
+        self.shown.update({names[key]: f"{value:.3f}" for key, value in logs.items() if key in names})
+        if "loss" in logs:
+            seconds = time.perf_counter() - self.started
+            self.shown["tok/s"] = f"{(self.trainer.train_tokens - self.tokens_before) / seconds:,.0f}"
+        self.training_bar.set_postfix(self.shown)
+
+
+class SampleCallback(TrainerCallback):
+    """At each evaluation, continue some prompts; written to `samples.jsonl` and TensorBoard."""
+
+    def __init__(self, trainer, tokenizer):
+        self.trainer, self.tokenizer = trainer, tokenizer
+
+    @torch.no_grad()
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero or not args.sample_prompts:
+            return
+        was_training, use_cache = model.training, model.config.use_cache
+        model.eval()
+        samples = []
+        # The training's own random numbers must not depend on whether somebody looks.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            for prompt in args.sample_prompts:
+                inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+                output = model.generate(
+                    **inputs, max_new_tokens=args.sample_tokens, do_sample=True, temperature=0.8, use_cache=True
+                )
+                samples.append({"prompt": prompt, "text": self.tokenizer.decode(output[0], skip_special_tokens=True)})
+        model.train(was_training)
+        model.config.use_cache = use_cache
+        with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) + "\n")
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for number, sample in enumerate(samples):
+                    callback.tb_writer.add_text(f"sample/{number}", sample["text"], state.global_step)
+
+
+class InterruptCallback(TrainerCallback):
+    """
+    SIGINT (Ctrl-C) and SIGTERM end the run after the current step, with a checkpoint; a second signal ends it at once.
+
+    `self.signal` is the signal that came, or None.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: whoever runs us there handles signals
+                return
+
+    def _handle(self, number, frame):
+        self.signal = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signal is not None:
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._restore()

@@ -1,0 +1,93 @@
+"""Muon for the matrices of the decoder layers, AdamW for everything else, as one optimizer that checkpoints as one."""
+
+from collections import defaultdict
+
+import torch
+
+# Coefficients of the quintic Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def has_fast_bfloat16(device_type: str = "cpu") -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 there (AMX or AVX512-BF16 on a CPU)."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device_type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """
+    The nearest (semi-)orthogonal matrices, roughly: all singular values are brought near 1 by Newton-Schulz steps.
+
+    Args:
+        matrices: `(count, rows, columns)`; computed in bfloat16 where the device is fast at it, which suffices.
+
+    Returns:
+        The same shape and dtype.
+    """
+    a, b, c = NEWTON_SCHULZ
+    fast = has_fast_bfloat16(matrices.device.type)
+    x = matrices.to(torch.bfloat16) if fast else matrices
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """
+    AdamW, with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the parameter groups that
+    carry `"muon": True`. Those may hold two-dimensional parameters only; they use `lr`, `momentum` (default 0.95,
+    Nesterov) and `weight_decay` of their group, and the update is scaled by `sqrt(max(1, rows / columns))`.
+
+    Matrices of the same shape are orthogonalised together. `torch.optim.Muon` gives the same update (see the tests),
+    but treats one matrix at a time and needs a second optimizer beside it, which `Trainer` cannot checkpoint.
+
+    Raises:
+        ValueError: a Muon group holds a parameter that is not a matrix.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, **kwargs):
+        super().__init__(params, lr=lr, **kwargs)
+        for group in self.param_groups:
+            group.setdefault("muon", False)
+            if group["muon"]:
+                group.setdefault("momentum", 0.95)
+                for parameter in group["params"]:
+                    if parameter.ndim != 2:
+                        raise ValueError(f"Muon trains matrices, got a parameter of shape {tuple(parameter.shape)}.")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        every_group = self.param_groups
+        self.param_groups = [group for group in every_group if not group["muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = every_group
+        for group in every_group:
+            if group["muon"]:
+                self._muon_step(group)
+        return loss
+
+    def _muon_step(self, group: dict) -> None:
+        by_shape = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape[parameter.shape].append(parameter)
+        for (rows, columns), parameters in by_shape.items():
+            gradients = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
+            updates = orthogonalize(torch.stack(updates)).unbind()
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

@@ -1,0 +1,121 @@
+"""`Trainer` with what language modelling needs: exact held-out numbers, Muon, a stop at the first NaN."""
+
+import math
+import re
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction
+
+from .arguments import HfLmTrainingArguments
+from .optimizers import MuonAdamW
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite: the run stops before the optimizer spoils the weights."""
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: nn.Module, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The summed negative log-likelihood of each row, in nats, and the number of tokens it is over.
+
+    Args:
+        inputs: `input_ids`, `labels` `(batch, sequence)` and what else the model takes.
+
+    Returns:
+        Two tensors of shape `(batch,)`, float32 and int64.
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")[:, 1:]
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return losses.sum(dim=1), (labels != -100).sum(dim=1)
+
+
+class HfLmTrainer(Trainer):
+    """
+    `Trainer` for causal language models on packed blocks.
+
+    - `evaluate` weighs every token alike, so that its numbers (loss in nats per token, perplexity, bits per byte) do
+      not depend on batch size or number of processes. A `compute_metrics` of your own takes its place.
+    - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `MuonAdamW`).
+    - a NaN or infinite loss raises `TrainingDiverged` before the optimizer steps.
+
+    Args:
+        eval_bytes: UTF-8 bytes of the text that the tokens of `eval_dataset` cover; without it no bits per byte.
+    """
+
+    args: HfLmTrainingArguments
+
+    def __init__(self, *args, eval_bytes: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.compute_metrics is None:
+            self.compute_metrics = self._language_modeling_metrics
+        self.eval_bytes = eval_bytes
+        self.train_tokens = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        rate = getattr(self.args, "muon_learning_rate", None)
+        if self.optimizer is not None or rate is None:
+            return super().create_optimizer(model)
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = {"muon": [], "decayed": [], "plain": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_layer_matrix = parameter.ndim == 2 and re.search(r"(^|\.)layers\.\d+\.", name)
+                groups["muon" if is_layer_matrix else "decayed" if name in decayed else "plain"].append(parameter)
+        weight_decay = self.args.weight_decay
+        _, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = MuonAdamW(
+            [
+                {"params": groups["muon"], "muon": True, "lr": rate, "weight_decay": weight_decay},
+                {"params": groups["decayed"], "weight_decay": weight_decay},
+                {"params": groups["plain"], "weight_decay": 0.0},
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.args.lr_scheduler_type == "warmup_stable_decay" and not self.args.lr_scheduler_kwargs:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            decay = min(round(num_training_steps * self.args.lr_decay_ratio), num_training_steps - warmup)
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        self.train_tokens += inputs["input_ids"].numel() * self.args.world_size
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Reading the loss back would stall an accelerator: there it is looked at when it is logged.
+        if loss.device.type == "cpu":
+            self._require_finite(loss.item())
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._require_finite(logs["loss"])
+        super().log(logs, start_time)
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss} at step {self.state.global_step + 1}; checkpoints in {self.args.output_dir} are "
+                "from before. Try a lower learning_rate or muon_learning_rate."
+            )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.compute_metrics != self._language_modeling_metrics:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with self.compute_loss_context_manager():
+            nats, tokens = negative_log_likelihood(model, self._prepare_inputs(inputs))
+        return None, nats, tokens
+
+    def _language_modeling_metrics(self, rows: EvalPrediction) -> dict[str, float]:
+        nats, tokens = float(rows.predictions.sum(dtype="float64")), int(rows.label_ids.sum())
+        metrics = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700.0)), "tokens": tokens}
+        if self.eval_bytes:
+            metrics["bits_per_byte"] = nats / math.log(2) / self.eval_bytes
+        return metrics
