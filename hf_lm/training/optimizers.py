@@ -82,8 +82,11 @@ class MuonAdamW(torch.optim.AdamW):
         for (rows, columns), parameters in by_shape.items():
             gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)  # AdamW expects one in every state that it loads
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["step"] += 1
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, buffers, group["momentum"])

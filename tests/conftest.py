@@ -1,0 +1,55 @@
+"""What all tests share: no network, pinned threads, tiny models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_lm  # noqa: F401  registers the Auto classes
+from hf_lm import HfLmConfig, HfLmForCausalLM
+
+torch.set_num_threads(1)
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def moby_dick() -> str:
+    """The novel, as the default recipe ships it."""
+    return (REPOSITORY / "recipes" / "moby_dick" / "data" / "moby_dick.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def tiny_config() -> HfLmConfig:
+    """A model of a few thousand parameters whose output depends on every one of them."""
+    return HfLmConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        zero_init_residual=False,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config: HfLmConfig) -> HfLmForCausalLM:
+    """`tiny_config` with seeded weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return HfLmForCausalLM(tiny_config).eval()

@@ -1,0 +1,106 @@
+"""The hand-written gradients equal those of the plain formulas."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import hf_lm.functional_hf_lm as functional
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_items_in_batch", [None, 7])
+def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, num_items_in_batch):
+    monkeypatch.setitem(functional.SLICE_ELEMENTS, "cpu", 200)  # several slices, the last one short
+    torch.manual_seed(0)
+    head = nn.Linear(12, 50, bias=bias)
+    hidden = torch.randn(3, 9, 12, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 9))
+    labels[0, :4] = -100
+    labels[2] = -100
+    logits = head(hidden) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = ForCausalLMLoss(logits, labels, vocab_size=50, num_items_in_batch=num_items_in_batch)
+    inputs = [hidden, *head.parameters()]
+    expected_gradients = torch.autograd.grad(expected * 3, inputs)
+    loss = functional.linear_cross_entropy(
+        hidden, head, labels, logit_scale=scale, softcap=softcap, num_items_in_batch=num_items_in_batch
+    )
+    gradients = torch.autograd.grad(loss * 3, inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_without_logits_takes_shifted_labels_and_frozen_heads():
+    torch.manual_seed(0)
+    head = nn.Linear(12, 50).requires_grad_(False)
+    hidden = torch.randn(2, 5, 12, requires_grad=True)
+    labels = torch.randint(0, 50, (2, 5))
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    one = functional.linear_cross_entropy(hidden, head, labels)
+    other = functional.linear_cross_entropy(hidden, head, None, shift_labels=shifted)
+    assert torch.equal(one, other)
+    one.backward()
+    assert head.weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+def test_loss_without_logits_under_autocast_is_near_the_plain_one():
+    torch.manual_seed(0)
+    head = nn.Linear(64, 300, bias=False)
+    hidden = torch.randn(2, 40, 64, requires_grad=True)
+    labels = torch.randint(0, 300, (2, 40))
+    expected = ForCausalLMLoss(head(hidden), labels, vocab_size=300)
+    expected_gradient = torch.autograd.grad(expected, head.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = functional.linear_cross_entropy(hidden, head, labels)
+    gradient = torch.autograd.grad(loss, head.weight)[0]
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0.05, atol=float(expected_gradient.abs().max()) / 50)
+
+
+def test_model_without_logits_equals_model_with_them(tiny_model):
+    tiny_model.train()
+    ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for skip_logits in (None, False):
+        tiny_model.zero_grad()
+        outputs = tiny_model(ids, labels=ids, skip_logits=skip_logits)
+        assert (outputs.logits is None) == (skip_logits is None)
+        outputs.loss.backward()
+        losses.append(outputs.loss)
+        gradients.append([parameter.grad.clone() for parameter in tiny_model.parameters()])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_there_in_evaluation_and_for_a_loss_of_ones_own(tiny_model):
+    ids = torch.randint(3, 97, (1, 8))
+    assert tiny_model(ids, labels=ids).logits is not None
+    tiny_model.train()
+    tiny_model.loss_function = lambda logits, labels, **kwargs: logits.sum()
+    assert tiny_model(ids, labels=ids).logits is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_torchs(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 16, dtype=dtype, requires_grad=True)
+    weight = torch.rand(16, requires_grad=True)
+    grad = torch.randn(4, 5, 16, dtype=dtype)
+    reference = nn.functional.rms_norm(x.double(), (16,), weight.double(), 1e-6)
+    expected = torch.autograd.grad(reference, (x, weight), grad.double())
+    norm = functional.rms_norm(x, weight, 1e-6, training=True)
+    actual = torch.autograd.grad(norm, (x, weight), grad)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    assert norm.dtype == dtype
+    torch.testing.assert_close(norm, reference.to(dtype), **tolerance)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), **tolerance)
+    plain = functional.rms_norm(x, weight, 1e-6, training=False)
+    torch.testing.assert_close(plain, reference.to(dtype), **tolerance)

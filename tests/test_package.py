@@ -1,0 +1,104 @@
+"""The package as a whole: which way imports go, what importing it costs and does."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hf_lm"
+
+# A module may import from its own layer and from those further down.
+LAYERS = [
+    ["errors"],
+    ["configuration_hf_lm"],
+    ["functional_hf_lm"],
+    ["modeling_hf_lm"],
+    ["tokenization", "data"],
+    ["training", "evaluation", "interop", "hub", "analysis"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+HUB_FILES = ("configuration_hf_lm", "functional_hf_lm", "modeling_hf_lm")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The rooms of hf_lm that a file imports at any depth."""
+    package = ["hf_lm", *path.relative_to(PACKAGE).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names = [".".join([*base, *([node.module] if node.module else []), alias.name]) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("hf_lm.")}
+    return found & set(LEVEL)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room not in LEVEL:  # __init__ and __main__ stand above all rooms
+        return
+    above = {name for name in imports_of(path) if LEVEL[name] > LEVEL[room]}
+    assert not above, f"{room} imports from above: {above}"
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_need_only_torch_transformers_and_siblings(name: str):
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            assert node.module in HUB_FILES, node.module
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for imported in names:
+                assert imported.split(".")[0] in {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"}
+
+
+def run_python(code: str, *arguments: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def test_importing_the_package_registers_all_auto_classes():
+    code = """
+import hf_lm, transformers
+config = transformers.AutoConfig.for_model("hf_lm", vocab_size=8, hidden_size=8, num_attention_heads=1)
+for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification",
+             "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"):
+    print(type(getattr(transformers, name).from_config(config)).__name__)
+"""
+    assert run_python(code).split() == [
+        "HfLmModel",
+        "HfLmForCausalLM",
+        "HfLmForSequenceClassification",
+        "HfLmForTokenClassification",
+        "HfLmForQuestionAnswering",
+    ]
+
+
+def test_help_answers_without_loading_torch():
+    code = """
+import sys
+sys.argv[:] = ["hf-lm", "--help"]
+from hf_lm.cli import main
+try:
+    main()
+except SystemExit as exit:
+    assert exit.code == 0
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    # -c sets argv[0] after the fact: run it as the console script does
+    result = subprocess.run([sys.executable, "-m", "hf_lm", "--help"], capture_output=True, text=True, check=True)
+    assert "train" in result.stdout
+    assert "usage: hf-lm" in run_python(code)
+
+
+def test_public_names_load_on_first_use():
+    code = "import hf_lm; print(all(getattr(hf_lm, name) for name in hf_lm.__all__))"
+    assert run_python(code).strip() == "True"

@@ -1,0 +1,76 @@
+"""The composite optimizer does what its two halves do, and survives a checkpoint."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_lm.training.optimizers import MuonAdamW, orthogonalize
+
+
+def some_parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"square": (16, 16), "square2": (16, 16), "tall": (32, 16), "wide": (16, 32), "vector": (16,)}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def set_gradients(parameters: dict, step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def build(parameters: dict) -> MuonAdamW:
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim == 2]
+    others = [parameter for parameter in parameters.values() if parameter.ndim != 2]
+    groups = [{"params": matrices, "muon": True, "lr": 0.02, "weight_decay": 0.1}, {"params": others}]
+    return MuonAdamW(groups, lr=1e-3, weight_decay=0.01)
+
+
+def test_update_equals_torchs_muon_and_adamw(monkeypatch):
+    # torch.optim.Muon always iterates in bfloat16: do the same whatever this CPU is good at
+    monkeypatch.setattr("hf_lm.training.optimizers.has_fast_bfloat16", lambda device_type: True)
+    ours, theirs = some_parameters(), some_parameters()
+    optimizer = build(ours)
+    matrices = [parameter for parameter in theirs.values() if parameter.ndim == 2]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95)
+    adamw = torch.optim.AdamW([theirs["vector"]], lr=1e-3, weight_decay=0.01)
+    for step in range(5):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    torch.testing.assert_close(ours["vector"], theirs["vector"], rtol=0, atol=1e-6)
+    for name in ("square", "square2", "tall", "wide"):
+        # an update has entries near lr / 4; bfloat16 keeps about two digits of it
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-3)
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    singular = torch.linalg.svdvals(orthogonalize(torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(0))))
+    assert 0.5 < singular.min() and singular.max() < 1.5
+
+
+def test_training_goes_on_exactly_from_a_state_dict():
+    straight, resumed = some_parameters(), some_parameters()
+    first, second = build(straight), build(resumed)
+    for step in range(3):
+        set_gradients(straight, step)
+        first.step()
+        set_gradients(resumed, step)
+        second.step()
+    state = copy.deepcopy(second.state_dict())
+    third = build(resumed)
+    third.load_state_dict(state)
+    for step in range(3, 6):
+        set_gradients(straight, step)
+        first.step()
+        set_gradients(resumed, step)
+        third.step()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_muon_group_refuses_a_vector():
+    with pytest.raises(ValueError, match="matrices.*16"):
+        MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(16))], "muon": True}])
