@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--license", metavar="ID", help="of the weights, such as apache-2.0; default: as stated so far"
     )
+    parser.add_argument(
+        "--text-language", metavar="ID", help="of the training text, such as en; default: as stated so far"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,5 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
     if len(arguments.models) > 1 and arguments.output and not Path(arguments.output).is_dir():
         raise InputError(f"--output: {arguments.output} must be an existing folder for the cards of several models.")
     for model in arguments.models:
-        print(write_card(model, arguments.language, arguments.output, arguments.name, arguments.license))
+        path = write_card(
+            model,
+            arguments.language,
+            arguments.output,
+            name=arguments.name,
+            license=arguments.license,
+            text_language=arguments.text_language,
+        )
+        print(path)
     return 0

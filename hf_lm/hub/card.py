@@ -229,7 +229,7 @@ def card_metadata(folder: Path) -> dict:
         return {}
 
 
-def build_metadata(artifacts: dict, name: str, license: str | None) -> ModelCardData:
+def build_metadata(artifacts: dict, name: str, license: str | None, text_language: str | None) -> ModelCardData:
     """The YAML part of a card. Licence, language, tags, data and base model of an earlier card are kept."""
     metrics, data, base, earlier = (artifacts[key] for key in ("metrics", "data", "base", "earlier"))
     architecture = (artifacts["config"].get("architectures") or [""])[0]
@@ -251,7 +251,7 @@ def build_metadata(artifacts: dict, name: str, license: str | None) -> ModelCard
     revisions |= {f"base_model_{key}": base.get(key) for key in ("revision", "code_revision")}
     revisions = {key: value for key, value in revisions.items() if value}
     return ModelCardData(
-        language=metrics.get("language") or data.get("language") or earlier.get("language"),
+        language=text_language or metrics.get("language") or data.get("language") or earlier.get("language"),
         license=license or metrics.get("license") or earlier.get("license"),
         library_name="transformers",
         pipeline_tag=next((tag for end, tag in PIPELINE_TAGS.items() if architecture.endswith(end)), None),
@@ -306,7 +306,11 @@ def read_artifacts(folder: Path) -> dict:
 
 
 def build_card(
-    model_dir: str | os.PathLike, language: str = "en", name: str | None = None, license: str | None = None
+    model_dir: str | os.PathLike,
+    language: str = "en",
+    name: str | None = None,
+    license: str | None = None,
+    text_language: str | None = None,
 ) -> ModelCard:
     """
     The card of a model folder, built from the artifacts in it.
@@ -317,7 +321,8 @@ def build_card(
         language: of the card's words, `"en"` or `"zh"`.
         name: of the model, `owner/name` if it will be on the Hub; default: `model_name` of `metrics.json`, or the
             folder's name.
-        license: of the weights, an id of the Hub; default: what `metrics.json` or an existing card states.
+        license, text_language: of the weights and of the text they were trained on, as the Hub writes them
+            (`"apache-2.0"`, `"en"`); default: what `metrics.json` or an existing card states.
 
     Raises:
         InputError: no model folder, an artifact that cannot be read, an unknown language.
@@ -328,7 +333,7 @@ def build_card(
     artifacts = read_artifacts(folder)
     metrics, counts, results = artifacts["metrics"], artifacts["counts"], artifacts["results"]
     name = name or metrics.get("model_name") or folder.resolve().name
-    metadata = build_metadata(artifacts, name, license)
+    metadata = build_metadata(artifacts, name, license, text_language)
     parameters = counts.get("parameters", metrics.get("parameters"))
     chat = (folder / "chat_template.jinja").exists()
     auto_class, lines = USAGE["chat" if chat else metadata.pipeline_tag or "feature-extraction"]
@@ -347,6 +352,7 @@ def build_card(
         has_loss_curve=(folder / "loss_curve.png").exists(),
         recipe=artifacts["recipe"],
         m=Facts(measured, NOT_MEASURED[language]),
+        r=Facts(measured, NOT_RECORDED[language]),
         c=Facts(artifacts["config"], NOT_RECORDED[language]),
         d=Facts(artifacts["data"], NOT_RECORDED[language]),
         b=Facts(artifacts["base"], NOT_RECORDED[language]),
@@ -370,17 +376,13 @@ def build_card(
 
 
 def write_card(
-    model_dir: str | os.PathLike,
-    language: str = "en",
-    output: str | os.PathLike | None = None,
-    name: str | None = None,
-    license: str | None = None,
+    model_dir: str | os.PathLike, language: str = "en", output: str | os.PathLike | None = None, **stated
 ) -> Path:
     """
     Write the card of a model folder.
 
     Args:
-        model_dir, language, name, license: see `build_card`.
+        model_dir, language, stated: see `build_card`.
         output: a file (default: `README.md` in the model folder; `README.zh.md` for Chinese); or an existing folder of
             cards, which receives `<model>/README.md` and the loss curve.
 
@@ -390,7 +392,7 @@ def write_card(
     Raises:
         InputError: see `build_card`.
     """
-    card = build_card(model_dir, language, name, license)
+    card = build_card(model_dir, language, **stated)
     file_name = "README.md" if language == "en" else f"README.{language}.md"
     path = Path(output) if output else Path(model_dir) / file_name
     if path.is_dir():
@@ -403,3 +405,23 @@ def write_card(
     card.save(partial)
     os.replace(partial, path)
     return path
+
+
+def missing_from_card(model_dir: str | os.PathLike) -> list[str]:
+    """What the folder's `README.md` lacks: metadata, example code, or the results that were measured since."""
+    folder = Path(model_dir)
+    metadata = card_metadata(folder)
+    missing = [f"no {key}" for key in ("license", "language", "library_name", "pipeline_tag") if not metadata.get(key)]
+    text = (folder / "README.md").read_text(encoding="utf-8") if metadata else ""
+    if metadata and "```python" not in text:
+        missing.append("no example of its use")
+    stated = {
+        (metric["type"], metric["value"])
+        for model in metadata.get("model-index") or ()
+        for result in model["results"]
+        for metric in result["metrics"]
+    }
+    for row in results_of(read_json(folder / "metrics.json")):
+        if (row["key"], row["value"]) not in stated:
+            missing.append(f"{row['key']} is not what metrics.json holds ({row['value']})")
+    return [f"{gap}; write it with hf-lm card" for gap in missing]

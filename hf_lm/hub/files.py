@@ -1,0 +1,110 @@
+"""What may and may not lie in a model folder, found by reading it; nothing here runs code of the folder."""
+
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from transformers.dynamic_module_utils import get_relative_imports
+
+# Suffixes of files that Python may unpickle: reading them can run code. (`*.bin` and `*.pt` are pickles by custom.)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
+# Of a training run, not of the model: never pushed. Folders first.
+NOT_THE_MODEL = re.compile(
+    r"(^|/)(checkpoint-\d+|runs|logs|wandb|__pycache__|\.[^/]*)(/|$)|(^|/)events\.out\.|\.tmp$|~$"
+)
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+# Shapes of access tokens and keys (Hugging Face, OpenAI and alike, GitHub, AWS, Google, Slack, private keys).
+SECRETS = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}\b|\bapi_org_[A-Za-z0-9]{30,}\b|\bsk-[A-Za-z0-9_-]{32,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b"
+    rb"|\bgithub_pat_\w{50,}\b|\bAKIA[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{35}\b|\bxox[abprs]-[0-9A-Za-z-]{10,}\b"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; `{}` if it is missing or none (loading the model says what is wrong with it)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_outside(name) -> bool:
+    """Whether a file name, read on any system, leads out of the folder that names it."""
+    paths = PurePosixPath(str(name)), PureWindowsPath(str(name))
+    return any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)
+
+
+def outside_paths(folder: Path) -> list[str]:
+    """`file: value` of each path in configs, shard indexes and adapter configs that is absolute or has a `..`."""
+    named = []
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"):
+        for value in read_json(folder / name).get("auto_map", {}).values():
+            references = value if isinstance(value, list) else [value]
+            named += [(name, reference.split("--")[-1]) for reference in references if isinstance(reference, str)]
+    for path in sorted(folder.glob("*.index.json")):
+        weight_map = read_json(path).get("weight_map", {})
+        named += [(path.name, value) for value in sorted(set(map(str, dict(weight_map).values())))]
+    adapter = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    named += [("adapter_config.json", adapter)] if adapter else []
+    return [f"{name}: {value}" for name, value in named if is_outside(value)]
+
+
+def missing_code(folder: Path, auto_map: dict) -> list[str]:
+    """What `trust_remote_code=True` would look for in vain: Auto classes without an entry, files that are not there."""
+    missing = [f"auto_map.{name}" for name in AUTO_CLASSES + HEADS if name not in auto_map]
+    wanted = [
+        f"{str(value).split('--')[-1].split('.')[0]}.py" for value in auto_map.values() if "--" not in str(value)
+    ]
+    seen = set()
+    while wanted:
+        name = wanted.pop()
+        if name in seen or is_outside(name):
+            continue
+        seen.add(name)
+        if (folder / name).is_file():
+            wanted += [f"{module}.py" for module in get_relative_imports(folder / name)]
+        else:
+            missing.append(name)
+    return missing
+
+
+def model_files(folder: Path) -> tuple[list[str], list[str]]:
+    """
+    The files that make up the model and those that stay at home: pickles, checkpoints, logs, hidden and stray files.
+
+    Returns:
+        Two sorted lists of paths relative to `folder`, with `/`.
+    """
+    kept, left_out = [], []
+    for directory, folders, names in os.walk(folder):
+        relative = Path(directory).relative_to(folder)
+        for name in sorted(folders):
+            if NOT_THE_MODEL.search((relative / name).as_posix()):
+                folders.remove(name)
+                left_out.append((relative / name).as_posix() + "/")
+        for name in names:
+            path = (relative / name).as_posix()
+            is_link_out = not (folder / path).resolve().is_file()
+            skipped = NOT_THE_MODEL.search(path) or name == "trainer_state.json" or name.endswith(PICKLES)
+            (left_out if skipped or is_link_out else kept).append(path)
+    return sorted(kept), sorted(left_out)
+
+
+def pickles(folder: Path) -> list[str]:
+    """Pickles that count as the model's: not those inside of a run's checkpoints and logs."""
+    return [path for path in model_files(folder)[1] if path.endswith(PICKLES) and not NOT_THE_MODEL.search(path)]
+
+
+def secrets_in(path: Path, token: str | None = None) -> list[str]:
+    """What in a file looks like an access token or is `token`, cut short so that it can be shown. Weights are not read."""
+    if path.suffix in (".safetensors", ".gguf", ".png"):
+        return []
+    content = path.read_bytes()
+    found = [match.group().decode()[:6] + "..." for match in SECRETS.finditer(content)]
+    if token and token.encode() in content:
+        found.append("your token")
+    return found

@@ -1,0 +1,151 @@
+"""Upload a model folder to the Hub: checked first, complete, in one commit."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import InputError
+from .card import missing_from_card
+from .doctor import examine
+from .files import model_files, secrets_in
+
+# What httpx, hf_xet and the Hub client raise: their own classes derive from these.
+REMOTE_ERRORS = (httpx.HTTPError, OSError, RuntimeError, ValueError)
+REQUIRED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
+
+
+class PushFailed(RuntimeError):
+    """The upload did not end well; the message says what the remote holds and how to go on."""
+
+
+@dataclass
+class Plan:
+    """What a push would do: `{path: bytes}` of the files that go along, and the paths that stay at home."""
+
+    folder: Path
+    files: dict[str, int]
+    left_out: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{size:>15,}  {path}" for path, size in self.files.items()]
+        lines.append(f"{sum(self.files.values()):>15,}  bytes in {len(self.files)} files")
+        return "\n".join(lines + [f"   stays at home  {path}" for path in self.left_out])
+
+
+def plan_push(model_dir: str | os.PathLike, token: str | None = None) -> Plan:
+    """
+    Check a model folder as thoroughly as a push does; nothing is sent.
+
+    Args:
+        token: no file may hold it; default: that of `hf auth login` or the environment.
+
+    Raises:
+        InputError: naming all that keeps the folder from being pushed: what the doctor found, gaps in the card,
+            missing files, secrets.
+    """
+    folder = Path(model_dir)
+    findings = examine(folder, skip=("no pickle files",))  # those stay at home
+    kept, left_out = model_files(folder)
+    token = token or get_token()
+    problems = [str(finding) for finding in findings if finding.problem is not None]
+    problems += [f"{name} is missing" for name in REQUIRED if name not in kept]
+    problems += [f"README.md: {gap}" for gap in missing_from_card(folder)]
+    for path in kept:
+        problems += [f"{path} holds a secret ({secret})" for secret in secrets_in(folder / path, token)]
+    if problems:
+        raise InputError(f"{folder} is not ready to be pushed: {'; '.join(problems)}")
+    return Plan(folder, {path: (folder / path).stat().st_size for path in kept}, left_out)
+
+
+def head_of(api: HfApi, repo: str, revision: str | None) -> str | None:
+    """The commit that a branch of the remote is at; None if there is no such branch, or it cannot be asked."""
+    try:
+        return api.model_info(repo, revision=revision).sha
+    except REMOTE_ERRORS:
+        return None
+
+
+def prepare_remote(api: HfApi, repo: str, private: bool | None, revision: str | None) -> str | None:
+    """
+    Make the repository and the branch where they are not there yet.
+
+    Returns:
+        The commit that the branch is at.
+
+    Raises:
+        InputError: it is public, and `private` was asked for.
+    """
+    api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise InputError(f"{repo} is public: --private can only make a new repository private.")
+    head = head_of(api, repo, revision)
+    if revision is not None and head is None and not revision.startswith("refs/"):
+        api.create_branch(repo, branch=revision, exist_ok=True)
+        head = head_of(api, repo, revision)
+    return head
+
+
+def push(
+    plan: Plan,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str = "Upload model",
+    token: str | None = None,
+) -> str:
+    """
+    Upload the files of a plan in one commit. Large files go first and are kept by the Hub if the push breaks off: the
+    next one does not send them again. What else the remote holds stays.
+
+    Args:
+        repo: `owner/name`; made if it is not there, `private` or not.
+        revision: branch, made if it is not there; default: main.
+        create_pr: propose the commit as a pull request.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        InputError: not a repository name; or a public repository, and `private` was asked for.
+        PushFailed: the remote could not be reached or refused.
+    """
+    validate_repo_id(repo)
+    api, before = HfApi(token=token), None
+    try:
+        before = prepare_remote(api, repo, private, revision)
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(path_in_repo=path, path_or_fileobj=plan.folder / path) for path in plan.files],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except InputError:
+        raise
+    except REMOTE_ERRORS as error:
+        raise PushFailed(explain(error, repo, before, head_of(api, repo, revision))) from error
+    return commit.pr_url or commit.commit_url
+
+
+def explain(error: Exception, repo: str, before: str | None, after: str | None) -> str:
+    """What a person should know after a failed push: why, what the remote holds now, how to go on."""
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in (401, 403, 404):
+        advice = "check its name, and log in (`hf auth login`) with a token that may write to it"
+    else:
+        advice = "run the same command again: large files that arrived are not sent again"
+    if before is None:
+        state = "Nothing was sent"
+    elif after is None:
+        state = f"It was at commit {before}, and cannot be asked now"
+    elif after == before:
+        state = "It is as it was before"
+    else:
+        state = f"Yet it is now at commit {after}: look whether that is yours"
+    return f"{repo}: {' '.join(str(error).split()).rstrip('.')}. {state}; {advice}."
