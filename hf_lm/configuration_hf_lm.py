@@ -91,17 +91,6 @@ class HfLmConfig(PreTrainedConfig):
 
     model_type = "hf_lm"
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -251,6 +240,21 @@ class HfLmConfig(PreTrainedConfig):
             raise ValueError('norm_offset is for norm_type "rmsnorm" only, got "layernorm".')
         if self.norm_type == "rmsnorm" and self.norm_bias:
             raise ValueError('norm_bias is for norm_type "layernorm" only, got "rmsnorm".')
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """
+        Tensor parallelism: each rank computes some of the heads and a part of the MLP's width. A norm over the width of
+        all heads needs them gathered, as in OLMo2.
+        """
+        gathered = self.qk_norm == "full"
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" if gathered else "colwise" for name in "qkv"}
+        plan["layers.*.self_attn.o_proj"] = "rowwise_split_input" if gathered else "rowwise"
+        if self.qk_norm == "head":
+            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        if self.mlp_type == "gated":
+            plan["layers.*.mlp.gate_proj"] = "colwise"
+        return plan | {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
 
     def rope_parameters_by_layer_type(self) -> dict[str, dict]:
         """
