@@ -4,6 +4,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -76,6 +77,23 @@ class HfLmTrainingArguments(TrainingArguments):
     overwrite: bool = field(default=False, metadata={"help": "delete the run that output_dir holds and start anew"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
+    allow_changes: bool = field(
+        default=False, metadata={"help": "resume although arguments differ from the saved run"}
+    )
+
+    # What must not change between a run and its continuation: everything that decides the weights.
+    DECISIVE: ClassVar[tuple[str, ...]] = (
+        "learning_rate", "muon_learning_rate", "lr_scheduler_type", "lr_decay_ratio", "warmup_steps", "max_steps",
+        "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1",
+        "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16", "world_size",
+        "train_sampling_strategy",
+    )  # fmt: skip
+
+    def decisive(self) -> dict:
+        """The arguments that decide the weights, as a checkpoint's manifest keeps them."""
+        values = {name: getattr(self, name) for name in self.DECISIVE}
+        return {name: getattr(value, "value", value) for name, value in values.items()}
+
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_fast_bfloat16("cpu" if self.use_cpu else self._device_type())
@@ -105,9 +123,7 @@ def _tokens(name: str, value, action) -> list[str]:
     return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def parse_recipe(
-    path: str, overrides: list[str]
-) -> tuple[ModelArguments, DataArguments, HfLmTrainingArguments]:
+def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, HfLmTrainingArguments]:
     """
     Read a recipe.
 

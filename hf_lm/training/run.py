@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import set_seed
 
 from ..configuration_hf_lm import HfLmConfig
 from ..data.arguments import DataArguments
@@ -26,6 +27,7 @@ from ..modeling_hf_lm import HfLmForCausalLM
 from ..tokenization import train_tokenizer
 from .arguments import HfLmTrainingArguments, ModelArguments
 from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
+from .checkpoints import newest_valid, require_complete
 from .curve import plot_loss_curve
 from .trainer import HfLmTrainer
 
@@ -58,10 +60,11 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     if arguments.overwrite and arguments.resume:
         raise InputError("overwrite and resume exclude each other.")
     if arguments.resume:
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        checkpoint = newest_valid(folder, report=lambda line: print(line, file=sys.stderr))
         if checkpoint is None:
-            raise InputError(f"output_dir: {folder} holds no checkpoint to resume from.")
-        return checkpoint
+            raise InputError(f"output_dir: {folder} holds no valid checkpoint to resume from.")
+        require_complete(checkpoint, arguments.decisive(), arguments.allow_changes)
+        return str(checkpoint)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     if not (folder / RECIPE_FILE).exists():
@@ -69,6 +72,12 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     if not arguments.overwrite:
         raise InputError(f"output_dir: {folder} already holds a run; add --overwrite or --resume, or name another.")
     return None
+
+
+def is_finished(checkpoint: str) -> bool:
+    """Whether the checkpoint is of the run's last step: the stock trainer would train one step more."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
 
 
 def build_tokenizer(model_arguments: ModelArguments, documents):
@@ -183,7 +192,9 @@ def train(
     with training_arguments.main_process_first(desc="data"):  # the others read its cache
         documents = load_documents(data_arguments)
         tokenizer = (
-            AutoTokenizer.from_pretrained(checkpoint) if checkpoint else build_tokenizer(model_arguments, documents["train"])
+            AutoTokenizer.from_pretrained(checkpoint)
+            if checkpoint
+            else build_tokenizer(model_arguments, documents["train"])
         )
         blocks = {name: pack_documents(rows, tokenizer, data_arguments.block_size) for name, rows in documents.items()}
     model = build_model(model_arguments, tokenizer, data_arguments.block_size)
@@ -220,12 +231,18 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe or {}, sort_keys=False, allow_unicode=True))
     training_start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and is_finished(checkpoint):
+        print(f"The run in {folder} has finished training; only what comes after is done.", file=sys.stderr)
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.train_seconds = time.perf_counter() - training_start
     if interrupt.signal is not None:
-        raise Interrupted(interrupt.signal, get_last_checkpoint(str(folder)))
+        raise Interrupted(interrupt.signal, newest_valid(folder))
 
-    metrics = {"train_loss": result.training_loss}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {"train_loss": losses[-1] if losses else None}
     if evaluation is not None:
         scores = trainer.evaluate()
         metrics = {

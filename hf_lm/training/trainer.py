@@ -1,14 +1,19 @@
 """`Trainer` with what language modelling needs: exact held-out numbers, Muon, a stop at the first NaN."""
 
 import math
+import os
 import re
+import shutil
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
 
 from .arguments import HfLmTrainingArguments
+from .checkpoints import ASIDE, seal
 from .optimizers import MuonAdamW
 
 
@@ -41,6 +46,7 @@ class HfLmTrainer(Trainer):
     - `evaluate` weighs every token alike, so that its numbers (loss in nats per token, perplexity, bits per byte) do
       not depend on batch size or number of processes. A `compute_metrics` of your own takes its place.
     - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `MuonAdamW`).
+    - a checkpoint appears complete or not at all (see `checkpoints.py`).
     - a NaN or infinite loss raises `TrainingDiverged` before the optimizer steps.
 
     Args:
@@ -55,6 +61,7 @@ class HfLmTrainer(Trainer):
             self.compute_metrics = self._language_modeling_metrics
         self.eval_bytes = eval_bytes
         self.train_tokens = 0
+        self._saving_aside = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -85,6 +92,30 @@ class HfLmTrainer(Trainer):
             decay = min(round(num_training_steps * self.args.lr_decay_ratio), num_training_steps - warmup)
             self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, ASIDE) if self._saving_aside else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run = Path(self._get_output_dir(trial))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._saving_aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_aside, self.args.save_total_limit = False, limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = run / ASIDE / name
+            if self.state.best_global_step:  # upstream looks for the best checkpoint beside the one being saved
+                self.state.best_model_checkpoint = str(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            seal(folder, run / name, step=self.state.global_step, arguments=self.args.decisive())
+            shutil.rmtree(run / ASIDE, ignore_errors=True)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         self.train_tokens += inputs["input_ids"].numel() * self.args.world_size
