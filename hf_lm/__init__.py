@@ -28,12 +28,17 @@ __all__ = ["__version__", "register_auto_classes", *_MODULE_OF]
 
 
 def register_auto_classes() -> None:
-    """Make the Auto classes of transformers know hf_lm. Calling it again changes nothing."""
+    """
+    Make the Auto classes of transformers know hf_lm, and hf_lm's classes read the checkpoints of other families.
+    Calling it again changes nothing.
+    """
     import transformers
 
     from . import modeling_hf_lm as modeling
     from .configuration_hf_lm import HfLmConfig
+    from .interop.weights import install
 
+    install()
     transformers.AutoConfig.register(HfLmConfig.model_type, HfLmConfig, exist_ok=True)
     HfLmConfig.register_for_auto_class("AutoConfig")
     for auto_class, model_class in {

@@ -1,0 +1,265 @@
+"""
+The weights of other families, converted while the library loads them, and back.
+
+`install` teaches the classes of hf_lm to read a foreign folder or Hub id as it is: the configuration goes through the
+tables of `families`, each weight through the library's own `WeightRenaming` and `WeightConverter`. It sits above the
+model, whose two files go to the Hub and know nothing of it.
+"""
+
+import json
+import os
+import re
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    revert_weight_conversion,
+)
+
+from ..configuration_hf_lm import HfLmConfig
+from ..errors import InputError
+from ..modeling_hf_lm import HfLmPreTrainedModel
+from .families import FAMILIES, Family, Fused, family_of, read_config
+
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+# Buffers in published files that are computed nowadays; they carry nothing that was learned.
+WITHOUT_CONTENT = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.")
+CONFIG_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
+
+
+class SplitQkv(ConversionOps):
+    """One projection `(3 * heads * head_dim, hidden)`, or its bias, into query, key and value (see `Fused`)."""
+
+    def __init__(self, per_head: bool, transposed: bool):
+        self.per_head, self.transposed = per_head, transposed
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):
+        (tensor,) = input_dict.values()
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        tensor = tensor.T if self.transposed else tensor
+        groups = config.num_attention_heads if self.per_head else 1
+        parts = tensor.unflatten(0, (groups, 3, -1)).unbind(1)
+        copies = (torch.empty_like(part, memory_format=torch.contiguous_format).copy_(part) for part in parts)
+        return {name: part.flatten(0, 1) for name, part in zip(target_patterns, copies, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseQkv(self.per_head, self.transposed)
+
+
+class FuseQkv(SplitQkv):
+    """The reverse of `SplitQkv`."""
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):
+        groups = config.num_attention_heads if self.per_head else 1
+        parts = [input_dict[name] for name in source_patterns]
+        parts = [(part[0] if isinstance(part, list) else part).unflatten(0, (groups, -1)) for part in parts]
+        tensor = torch.stack(parts, dim=1).flatten(0, 2)
+        return {target_patterns[0]: tensor.T.contiguous() if self.transposed else tensor}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitQkv(self.per_head, self.transposed)
+
+
+def conversions(family: Family) -> list[WeightTransform]:
+    """The rows of a family's table as transforms of the library, from their layout to ours."""
+    transforms: list[WeightTransform] = []
+    for theirs, ours in family.weights.items():
+        source, transposed = theirs.replace(".", r"\."), theirs in family.conv1d
+        if isinstance(ours, Fused):
+            for kind in ("weight", "bias"):
+                split = SplitQkv(ours.per_head, transposed and kind == "weight")
+                transforms.append(WeightConverter(rf"{source}\.{kind}", [f"{name}.{kind}" for name in QKV], [split]))
+        elif transposed:
+            transforms.append(WeightConverter(rf"{source}\.weight", f"{ours}.weight", [Transpose(0, 1)]))
+            transforms.append(WeightRenaming(rf"{source}\.bias", f"{ours}.bias"))
+        else:
+            transforms.append(WeightRenaming(source, ours))
+    return transforms
+
+
+def loading_conversions(family: Family) -> list[WeightTransform]:
+    """As `conversions`, and what only published files need: other names, and files of a model without a head."""
+    aliases = dict(family.load_only)
+    prefix = family.base_prefix + "."
+    tops = sorted({name.removeprefix(prefix).split(".")[0] for name in family.weights if name.startswith(prefix)})
+    if tops and prefix != "model.":
+        aliases[rf"^({'|'.join(tops)})\."] = rf"{prefix}\1."
+    return [*(WeightRenaming(source, target) for source, target in aliases.items()), *conversions(family)]
+
+
+def native_state_dict(model: HfLmPreTrainedModel, family: Family) -> dict[str, torch.Tensor]:
+    """The weights of an hf_lm model under the names and in the layouts of a family."""
+    before = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = conversions(family)
+    try:
+        return revert_weight_conversion(model, model.state_dict())
+    finally:
+        model._weight_conversions = before
+
+
+def check_files(files: list[str]) -> None:
+    """
+    Raises:
+        InputError: a weight file is missing, no safetensors file at all (a git-lfs pointer, a web page), or cut short.
+    """
+    for file in filter(lambda name: str(name).endswith(".safetensors"), files):
+        if not os.path.isfile(file):
+            raise InputError(f"{file}: listed in the index of the checkpoint, but there is no such file.")
+        with open(file, "rb") as stream:
+            head = stream.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            raise InputError(f"{file}: a git-lfs pointer instead of weights; fetch the file itself (git lfs pull).")
+        if head.lstrip()[:1] == b"<":
+            raise InputError(f"{file}: a web page (HTML) instead of weights; download the file itself.")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            size = os.path.getsize(file)
+            raise InputError(f"{file}: {size} bytes that are no complete safetensors file ({error}).") from error
+
+
+def check_index(folder: str) -> None:
+    """
+    Raises:
+        InputError: the index of a sharded checkpoint is no index, or names a file outside its folder.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors.index.json")):
+        try:
+            files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: no index of a sharded checkpoint, it needs a weight_map ({error!r})."
+            ) from error
+        for name in files:
+            if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+                raise InputError(f"{path}: weight_map names {name!r}; only safetensors files beside it are allowed.")
+        check_files([str(path.parent / name) for name in sorted(files)])
+
+
+def check_loaded(model: PreTrainedModel, info, source: str, foreign: bool) -> None:
+    """
+    Weights that are missing, left over or of another shape are an error; only a new head may be without weights.
+
+    Raises:
+        InputError: naming the tensors.
+    """
+    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    head = "lm_head." if foreign else base  # a native file without lm_head is that of the base model
+    missing = [name for name in info.missing_keys - tied if name.startswith((base, head))]
+    unexpected = [name for name in info.unexpected_keys if name.startswith(base) or "layers." in name]
+    if not base:
+        unexpected = [name for name in unexpected if not re.match(r"(lm_head|score|qa_outputs|classifier)\.", name)]
+    unexpected = [name for name in unexpected if not WITHOUT_CONTENT.search(name)]
+    shapes = [f"{name} {tuple(got)} instead of {tuple(want)}" for name, got, want in info.mismatched_keys]
+    broken = [f"{name} ({error})" for name, error in info.conversion_errors.items()]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "not convertible": broken}
+    texts = [f"{what}: {_listed(sorted(names))}" for what, names in problems.items() if names]
+    if texts:
+        raise InputError(f"{source}: the tensors do not fit the configuration; " + "; ".join(texts))
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    names = [" ".join(name.split()) for name in names]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# The family of the checkpoint that this thread is loading, None if it is one of hf_lm itself.
+_loading: ContextVar[Family | None] = ContextVar("family", default=None)
+
+
+def _source_family(name, kwargs: dict) -> Family | None:
+    """The family of a folder, file or Hub id; None if that is for the library to find out (hf_lm, adapters, errors)."""
+    if name is None:
+        return None
+    arguments = {key: kwargs[key] for key in CONFIG_ARGUMENTS if kwargs.get(key) is not None}
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(name, **arguments)
+    except OSError:
+        return None
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{name}: config.json holds no JSON object.") from error
+    if config_dict.get("model_type", HfLmConfig.model_type) == HfLmConfig.model_type:
+        return None
+    return family_of(config_dict, str(name))
+
+
+@classmethod
+def _get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    config_dict, kwargs = PreTrainedConfig.get_config_dict.__func__(cls, pretrained_model_name_or_path, **kwargs)
+    return read_config(config_dict, str(pretrained_model_name_or_path)), kwargs
+
+
+@classmethod
+def _from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    name = pretrained_model_name_or_path
+    family = _source_family(name, kwargs)
+    load = PreTrainedModel.from_pretrained.__func__
+    token = _loading.set(family)
+    try:
+        if family is None or not kwargs.get("gguf_file"):
+            if name is not None and os.path.isdir(name):
+                check_index(os.path.join(name, kwargs.get("subfolder") or ""))
+            return load(cls, name, *args, **kwargs)
+        # The library maps a GGUF file's names by the model's own type, and such a model cannot be saved: let it build
+        # the family's model, whose tensors become ours without a copy.
+        shared = {key: kwargs.pop(key) for key in (*CONFIG_ARGUMENTS, "dtype", "device_map") if key in kwargs}
+        native = AutoModelForCausalLM.from_pretrained(name, **shared)
+        config = kwargs.pop("config", None) or HfLmConfig.from_pretrained(name, **shared)
+        config.update({key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)})
+        state_dict = native.state_dict()
+        return load(cls, None, *args, config=config, state_dict=state_dict, dtype=native.dtype, **kwargs)
+    finally:
+        _loading.reset(token)
+
+
+@staticmethod
+def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+    family = _loading.get()
+    source = str(load_config.pretrained_model_name_or_path or (checkpoint_files or ["the weights"])[0])
+    if family is not None:
+        mapping = get_checkpoint_conversion_mapping(_key(family))
+        load_config = replace(load_config, weight_mapping=[*mapping, *(load_config.weight_mapping or [])])
+    if checkpoint_files:
+        check_files(checkpoint_files)
+    load = PreTrainedModel._load_pretrained_model
+    info, offload_index = load(model, state_dict, checkpoint_files, load_config, expected_keys)
+    if family is not None:
+        model._weight_conversions = None  # so that `save_pretrained` writes the layout that fits our config
+    if not load_config.ignore_mismatched_sizes and (family is not None or checkpoint_files):
+        check_loaded(model, info, source, foreign=family is not None)
+    return info, offload_index
+
+
+def _key(family: Family) -> str:
+    return f"{HfLmConfig.model_type}<{family.model_type}"
+
+
+@cache
+def install() -> None:
+    """
+    Let `HfLmConfig.from_pretrained` and `from_pretrained` of every model class read other families' checkpoints.
+
+    A checkpoint that does not fit its configuration is an error, unless `ignore_mismatched_sizes=True` allows it.
+    """
+    for family in FAMILIES.values():
+        register_checkpoint_conversion_mapping(_key(family), loading_conversions(family), overwrite=True)
+    HfLmConfig.get_config_dict = _get_config_dict
+    HfLmPreTrainedModel.from_pretrained = _from_pretrained
+    HfLmPreTrainedModel._load_pretrained_model = _load_pretrained_model
