@@ -1,7 +1,6 @@
 """Train or fine-tune a model: hf-lm train CONFIG.yaml [--key value ...]. The keys are those of the YAML file."""
 
 import argparse
-import os
 import sys
 
 
@@ -19,10 +18,12 @@ def run(arguments: argparse.Namespace) -> int:
     import hf_lm
 
     hf_lm.register_auto_classes()
+    from transformers.utils import logging
+
     from ..training.arguments import parse_recipe
     from ..training.run import Interrupted, train
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.disable_progress_bar()  # of each saved or loaded weight; the training keeps its own
     parsed = parse_recipe(arguments.config, arguments.overrides)
     try:
         metrics = train(*parsed)

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..errors import InputError
-from .optimizers import has_fast_bfloat16
+from .hardware import device_type, has_fast_bfloat16
 
 
 @dataclass
@@ -29,6 +29,9 @@ class ModelArguments:
         default=None, metadata={"help": "folder or Hub id of a tokenizer; default: the model's, or a new one"}
     )
     vocab_size: int = field(default=2048, metadata={"help": "size of a new tokenizer's vocabulary, in tokens"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the fastest for the device"}
+    )
     tokenizer_kind: str = field(default="bpe", metadata={"help": "a new tokenizer's kind: bpe, byte or char"})
 
     def config_fields(self) -> dict:
@@ -95,16 +98,11 @@ class HfLmTrainingArguments(TrainingArguments):
         return {name: getattr(value, "value", value) for name, value in values.items()}
 
     def __post_init__(self):
+        device = "cpu" if self.use_cpu else device_type()
+        self.use_cpu = device == "cpu"  # upstream takes bfloat16 on a CPU only when told that it is one
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and has_fast_bfloat16("cpu" if self.use_cpu else self._device_type())
+            self.bf16 = not self.fp16 and has_fast_bfloat16(device)
         super().__post_init__()
-
-    @staticmethod
-    def _device_type() -> str:
-        import torch
-
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return "cpu" if accelerator is None else accelerator.type
 
 
 class _Parser(HfArgumentParser):

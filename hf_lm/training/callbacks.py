@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,12 @@ class HfLmProgressCallback(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and not sys.stderr.isatty():
+            self.training_bar.mininterval = 10.0  # a log file wants a line now and then
         self.started, self.tokens_before = time.perf_counter(), self.trainer.train_tokens
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Evaluation is a small part of a run: no bar of its own."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
@@ -31,7 +37,7 @@ class HfLmProgressCallback(ProgressCallback):
         if "loss" in logs:
             seconds = time.perf_counter() - self.started
             self.shown["tok/s"] = f"{(self.trainer.train_tokens - self.tokens_before) / seconds:,.0f}"
-        self.training_bar.set_postfix(self.shown)
+        self.training_bar.set_postfix(self.shown, refresh=False)
 
 
 class SampleCallback(TrainerCallback):

@@ -4,16 +4,10 @@ from collections import defaultdict
 
 import torch
 
+from .hardware import has_fast_bfloat16
+
 # Coefficients of the quintic Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
-def has_fast_bfloat16(device_type: str = "cpu") -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 there (AMX or AVX512-BF16 on a CPU)."""
-    if device_type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device_type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

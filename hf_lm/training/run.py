@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import set_seed
 
@@ -29,6 +29,7 @@ from .arguments import HfLmTrainingArguments, ModelArguments
 from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
 from .checkpoints import newest_valid, require_complete
 from .curve import plot_loss_curve
+from .hardware import best_attention, keep_freed_memory
 from .trainer import HfLmTrainer
 
 RECIPE_FILE = "recipe.yaml"  # what a folder must hold to count as one of our runs
@@ -92,8 +93,9 @@ def build_tokenizer(model_arguments: ModelArguments, documents):
         raise InputError(f"tokenizer_name: no tokenizer can be loaded from {name}: {error}") from error
 
 
-def build_model(model_arguments: ModelArguments, tokenizer, block_size: int) -> torch.nn.Module:
+def build_model(model_arguments: ModelArguments, tokenizer, block_size: int, device: str) -> torch.nn.Module:
     """A new model that fits the tokenizer, or the named checkpoint with its configuration overridden."""
+    attention = model_arguments.attn_implementation or best_attention(device, block_size)
     fields = model_arguments.config_fields()
     unknown = sorted(set(fields) - set(HfLmConfig.__dataclass_fields__))
     if unknown and model_arguments.model_name_or_path is None:
@@ -103,10 +105,13 @@ def build_model(model_arguments: ModelArguments, tokenizer, block_size: int) -> 
             config = AutoConfig.from_pretrained(model_arguments.model_name_or_path)
             for name, value in fields.items():
                 setattr(config, name, value)
-            return AutoModelForCausalLM.from_pretrained(model_arguments.model_name_or_path, config=config)
+            return AutoModelForCausalLM.from_pretrained(
+                model_arguments.model_name_or_path, config=config, attn_implementation=attention
+            )
         except OSError as error:
             raise InputError(f"model_name_or_path: {model_arguments.model_name_or_path}: {error}") from error
     config = HfLmConfig(
+        attn_implementation=attention,
         **{
             "vocab_size": len(tokenizer),
             "max_position_embeddings": block_size,
@@ -114,7 +119,7 @@ def build_model(model_arguments: ModelArguments, tokenizer, block_size: int) -> 
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             **fields,
-        }
+        },
     )
     return HfLmForCausalLM(config)
 
@@ -159,6 +164,7 @@ def save_run(trainer: HfLmTrainer, tokenizer, metrics: dict, arguments) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
         write_card(folder)
@@ -187,6 +193,7 @@ def train(
     start = time.perf_counter()
     checkpoint = check_output_dir(training_arguments)
     set_seed(training_arguments.seed)
+    keep_freed_memory()
     folder = Path(training_arguments.output_dir)
 
     with training_arguments.main_process_first(desc="data"):  # the others read its cache
@@ -197,7 +204,7 @@ def train(
             else build_tokenizer(model_arguments, documents["train"])
         )
         blocks = {name: pack_documents(rows, tokenizer, data_arguments.block_size) for name, rows in documents.items()}
-    model = build_model(model_arguments, tokenizer, data_arguments.block_size)
+    model = build_model(model_arguments, tokenizer, data_arguments.block_size, training_arguments.device.type)
     if getattr(model.generation_config, "max_new_tokens", None) is None and model_arguments.model_name_or_path is None:
         model.generation_config = GenerationConfig(
             do_sample=True,
