@@ -1,0 +1,185 @@
+"""A whole run: what the folder holds, what resumes, what is refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hf_lm.cli import main
+from hf_lm.errors import InputError
+from hf_lm.training.arguments import parse_recipe
+from hf_lm.training.run import train
+
+
+def run(path: str, *overrides: str) -> dict:
+    return train(*parse_recipe(path, list(overrides)))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_everything_in_one_folder(recipe, tmp_path):
+    metrics = run(recipe())
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "metrics.json",
+        "loss_curve.png", "README.md", "recipe.yaml", "samples.jsonl", "modeling_hf_lm.py", "runs",
+    } <= names  # fmt: skip
+    assert "training_args.bin" not in names  # a pickle
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    for key in ("bits_per_byte", "perplexity", "train_tokens", "train_seconds", "peak_memory_bytes", "seed"):
+        assert metrics[key] > 0
+    assert len(metrics["data"]["sha256"]) == 64
+    assert metrics["versions"]["torch"] == torch.__version__
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert tokenizer("Call me Ishmael.", return_tensors="pt").input_ids.max() < model.config.vocab_size
+    text = pipeline("text-generation", model=str(folder))("Call me", max_new_tokens=4)[0]["generated_text"]
+    assert text.startswith("Call me")
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [6, 12, 12]
+
+
+def test_loss_falls_on_real_text_below_the_letters_entropy(recipe, tmp_path):
+    metrics = run(recipe(max_steps=60, eval_strategy="no", save_strategy="no"))
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0] - 1
+    assert metrics["bits_per_byte"] < 4.0  # the entropy of single letters of this book is 4.2 bits
+
+
+def test_held_out_numbers_do_not_depend_on_the_batch_size(recipe):
+    first = run(recipe())
+    second = run(recipe(per_device_eval_batch_size=3), "--overwrite")
+    for key in ("eval_loss", "bits_per_byte"):
+        assert math.isclose(first[key], second[key], rel_tol=1e-6)
+    assert first["eval_tokens"] == second["eval_tokens"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"config_overrides": {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "residual_dropout": 0.1}}])  # fmt: skip
+def test_resumed_run_ends_with_the_same_bits(recipe, tmp_path, changes):
+    run(recipe(**changes, output_dir=str(tmp_path / "straight")))
+    path = recipe(**changes)
+    run(path)
+    for name in ("checkpoint-12", "checkpoint-8"):
+        (tmp_path / "run" / name).rename(tmp_path / f"away-{name}")
+    run(path, "--resume")
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
+
+
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(recipe, tmp_path, capsys):
+    path = recipe()
+    run(path)
+    straight = weights(tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoint-12" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    run(path, "--resume")
+    assert "checkpoint-12 is damaged: optimizer.pt has" in capsys.readouterr().err
+    assert (tmp_path / "run" / "damaged-checkpoint-12").is_dir()
+    assert same(straight, weights(tmp_path / "run"))
+
+
+def test_resume_refuses_changed_arguments_and_missing_state(recipe, tmp_path):
+    path = recipe()
+    run(path)
+    with pytest.raises(InputError, match=r"learning_rate 0\.003 -> 0\.1"):
+        run(path, "--resume", "--learning_rate", "0.1")
+    manifest = tmp_path / "run" / "checkpoint-12" / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    del listed["files"]["scheduler.pt"]
+    manifest.write_text(json.dumps(listed))
+    (manifest.parent / "scheduler.pt").unlink()
+    with pytest.raises(InputError, match="lacks the place in the learning-rate schedule"):
+        run(path, "--resume")
+
+
+def test_resuming_a_finished_run_trains_no_further(recipe, tmp_path, capsys):
+    path = recipe()
+    run(path)
+    before = weights(tmp_path / "run")
+    metrics = run(path, "--resume")
+    assert metrics["steps"] == 12
+    assert "has finished training" in capsys.readouterr().err
+    assert same(before, weights(tmp_path / "run"))
+
+
+def test_output_folder_is_protected(recipe, tmp_path):
+    with pytest.raises(InputError, match="no valid checkpoint"):
+        run(recipe(), "--resume")
+    run(recipe())
+    with pytest.raises(InputError, match="already holds a run.*--overwrite"):
+        run(recipe())
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("years of work")
+    for overrides in ((), ("--overwrite",)):
+        with pytest.raises(InputError, match="not a training run's"):
+            run(recipe(output_dir=str(strange)), *overrides)
+    assert (strange / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_file": "nowhere.txt"}, r"nowhere\.txt"),
+        ({"config_overrides": {"hidden_size": 30, "num_attention_heads": 4}}, "hidden_size.*30.*num_attention_heads"),
+        ({"config_overrides": {"hidden_size": 0}}, "hidden_size.*0"),
+        ({"config_overrides": {"hiden_size": 4}}, "hiden_size"),
+        ({"vocab_size": 100}, "vocab.*100"),
+        ({"block_size": 100_000}, "100000|100,000"),
+        ({"model_name_or_path": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(recipe, tmp_path, capsys, changes, message):
+    assert main(["train", recipe(**changes)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    import re
+
+    assert re.search(message, error[-1]), error
+    assert error[-1].startswith("hf-lm train: ")
+    assert not any("Traceback" in line for line in error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoints(recipe, tmp_path, capsys):
+    path = recipe(learning_rate=1e30, muon_learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0)
+    assert main(["train", path]) == 1
+    assert "the loss is" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_resume_goes_on(recipe, tmp_path, number):
+    path = recipe(max_steps=100_000, save_steps=50_000, eval_strategy="no")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_lm", "train", path], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    events = tmp_path / "run" / "recipe.yaml"
+    deadline = time.time() + 60
+    while not events.exists() and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "--resume goes on from there" in errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "run").glob("checkpoint-*"))
