@@ -167,6 +167,11 @@ class HfLmConfig(PreTrainedConfig):
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # The library calls these as well, but wraps what they raise in an exception that is no ValueError.
+        self.validate_sizes()
+        self.validate_heads()
+        self.validate_layers()
+        self.validate_blocks()
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
@@ -183,6 +188,10 @@ class HfLmConfig(PreTrainedConfig):
         )  # fmt: skip
         if not 0.0 <= self.initializer_range <= 1.0:
             raise ValueError(f"initializer_range must be between 0 and 1, got {self.initializer_range}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be between 0 and vocab_size - 1 ({self.vocab_size - 1}), got {self.pad_token_id}."
+            )
         for name in ("embedding_dropout", "residual_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}.")
@@ -204,7 +213,9 @@ class HfLmConfig(PreTrainedConfig):
                     f"The rotated part of a head must be even and between 2 and head_dim ({self.head_dim}), got "
                     f"{rotated} from rope_parameters {rope}."
                 )
-            if (rope.get("rope_theta") or 1.0) <= 0:
+            if rope["rope_type"] == "dynamic" and rotated == 2:  # its formula divides by rotated - 2
+                raise ValueError(f'rope_type "dynamic" needs more than 2 rotated dimensions a head, got {rotated}.')
+            if rope.get("rope_theta", 1.0) <= 0:
                 raise ValueError(f"rope_theta must be greater than 0, got {rope['rope_theta']}.")
 
     def validate_layers(self):
@@ -248,7 +259,9 @@ class HfLmConfig(PreTrainedConfig):
         all heads needs them gathered, as in OLMo2.
         """
         gathered = self.qk_norm == "full"
-        plan = {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" if gathered else "colwise" for name in "qkv"}
+        plan = {
+            f"layers.*.self_attn.{name}_proj": "colwise_gather_output" if gathered else "colwise" for name in "qkv"
+        }
         plan["layers.*.self_attn.o_proj"] = "rowwise_split_input" if gathered else "rowwise"
         if self.qk_norm == "head":
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}

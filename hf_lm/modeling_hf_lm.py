@@ -385,8 +385,6 @@ def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None 
     Raises:
         ValueError: naming the id and the limit.
     """
-    if ids.numel() == 0:
-        raise ValueError(f"{name} must hold at least one token, got shape {tuple(ids.shape)}.")
     if ids.device.type != "cpu" or is_tracing(ids):
         return
     low, high = (int(value) for value in torch.aminmax(ids))
@@ -564,7 +562,7 @@ class HfLmModel(HfLmPreTrainedModel):
             input_ids: `(batch, sequence)`, or `inputs_embeds`: `(batch, sequence, hidden)`; exactly one of them.
             attention_mask: `(batch, cached + sequence)`, 0 for padding on either side; or a prepared 4D mask.
             position_ids: `(batch, sequence)`; where they do not count on, a new packed document starts, which does
-                not see those before it. Default: counted from the end of the cache.
+                not see those before it. Default: the number of real tokens before, those in the cache included.
             past_key_values: keys and values of earlier tokens.
 
         Raises:
@@ -573,6 +571,9 @@ class HfLmModel(HfLmPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given.numel() == 0:
+            raise ValueError(f"The input must hold at least one token, got shape {tuple(given.shape)}.")
         if inputs_embeds is None:
             check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
@@ -580,7 +581,9 @@ class HfLmModel(HfLmPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         masks, attention_kwargs = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
-        if position_ids is None:
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        elif position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
@@ -598,8 +601,7 @@ class HfLmModel(HfLmPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                **attention_kwargs,
-                **kwargs,
+                **{**attention_kwargs, **kwargs},
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 

@@ -129,8 +129,8 @@ def run(
         "PYTEST_ADDOPTS": "",
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_modeling_hf_lm.py"]
-    return subprocess.run([*command, *arguments], cwd=folder, env=environment, **popen)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.registration"]
+    return subprocess.run([*command, "tests/model_case.py", *arguments], cwd=folder, env=environment, **popen)
 
 
 def main() -> int:

@@ -21,7 +21,9 @@ def run_and_count(folder, *arguments: str, **options) -> dict[str, int]:
         finished = library_suite.run(folder, arguments=arguments, capture_output=True, text=True, **options)
     except library_suite.SourceUnavailableError as error:
         pytest.fail(str(error), pytrace=False)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", finished.stdout)}
+    counts = {
+        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", finished.stdout)
+    }
     if finished.returncode:
         pytest.fail(f"{counts}\n{finished.stdout[-8000:]}{finished.stderr[-2000:]}", pytrace=False)
     return counts
@@ -42,7 +44,9 @@ def test_the_librarys_own_tests_pass_on_further_configs(tmp_path, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "selection"), [("default", "tp_ or fsdp"), ("everything", "tp_ or fsdp"), ("olmo2", "tp_")])
+@pytest.mark.parametrize(
+    ("config", "selection"), [("default", "tp_ or fsdp"), ("everything", "tp_ or fsdp"), ("olmo2", "tp_")]
+)
 def test_tensor_parallelism_and_fsdp_in_two_processes(tmp_path, config, selection):
     counts = run_and_count(tmp_path, "-k", selection, config=config, distributed=True)
     assert counts["passed"] >= (16 if "fsdp" in selection else 8), counts

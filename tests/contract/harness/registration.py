@@ -1,4 +1,4 @@
-"""What a model inside transformers has by being listed there; copied beside the library's own tests."""
+"""A plugin for pytest that gives our classes what those inside transformers have by being listed there."""
 
 import os
 
