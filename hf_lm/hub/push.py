@@ -1,16 +1,20 @@
 """Upload a model folder to the Hub: checked first, complete, in one commit."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
+from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import InputError
 from .card import missing_from_card
 from .doctor import examine
-from .files import model_files, secrets_in
+from .files import PICKLES, model_files, secrets_in
 
 REQUIRED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
 
@@ -109,9 +113,12 @@ def push(
         The address of the commit or pull request.
 
     Raises:
-        InputError: not a repository name; or a public repository, and `private` was asked for.
+        InputError: not a repository name; a public repository, and `private` was asked for; a pull request to another
+            branch than main.
         PushFailed: the remote could not be reached or refused.
     """
+    if create_pr and revision not in (None, "main"):
+        raise InputError(f"--create-pr proposes changes to main; leave out --revision {revision}.")
     validate_repo_id(repo)
     api, before = HfApi(token=token), None
     try:
@@ -132,6 +139,7 @@ def push(
 
 def explain(error: Exception, repo: str, before: str | None, after: str | None) -> str:
     """What a person should know after a failed push: why, what the remote holds now, how to go on."""
+    reasons = [" ".join(str(reason).split()).rstrip(".") for reason in (error, error.__cause__) if reason is not None]
     response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403, 404):
         advice = "check its name, and log in (`hf auth login`) with a token that may write to it"
@@ -145,4 +153,30 @@ def explain(error: Exception, repo: str, before: str | None, after: str | None) 
         state = "It is as it was before"
     else:
         state = f"Yet it is now at commit {after}: look whether that is yours"
-    return f"{repo}: {' '.join(str(error).split()).rstrip('.')}. {state}; {advice}."
+    return f"{repo}: {' ('.join(reasons)}{')' * (len(reasons) - 1)}. {state}; {advice}."
+
+
+class PushCallback(TrainerCallback):
+    """
+    For `Trainer(push_to_hub=True)`: upstream uploads its pickled arguments with every push, and forgets the code files
+    until the last one. This makes the repository ignore pickles (but for the optimizer's in checkpoints, which
+    `hub_strategy="checkpoint"` asks for) and copies the code of the checkpoint that is pushed.
+    """
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        folder, api = Path(args.output_dir), HfApi(token=args.hub_token)
+        repo = api.create_repo(args.hub_model_id or folder.absolute().name, exist_ok=True).repo_id
+        # Before the push itself: with Xet, only the rules that the repository already has count.
+        api.upload_file(
+            path_or_fileobj="".join(
+                f"{rule}\n" for rule in (TRAINING_ARGS_NAME, *(f"/*{end}" for end in PICKLES))
+            ).encode(),
+            path_in_repo=".gitignore",
+            repo_id=repo,
+            revision=args.hub_revision,
+            commit_message="Keep pickles out",
+        )
+        for path in (folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").glob("*.py"):
+            shutil.copyfile(path, folder / path.name)

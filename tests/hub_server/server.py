@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from . import xet
-from .store import LFS_BYTES, LFS_PATTERN, Blob, Commit, Fault, HubStore, Repository
+from .store import LFS_BYTES, LFS_PATTERN, Blob, Commit, Fault, HubStore, Repository, is_ignored
 
 PAGE = 50  # entries of a tree listing in one answer
 
@@ -292,8 +292,10 @@ class Hub:
     async def preupload(self, request: Request) -> Response:
         repository = self.repository(request, write=True)
         commit = self.commit_at(request, repository)
-        answer = []
-        for file in (await request.json())["files"]:
+        body, answer = await request.json(), []
+        ignored = commit.tree.get(".gitignore")
+        gitignore = body.get("gitIgnore", self.store.content(ignored).decode() if ignored else "")
+        for file in body["files"]:
             path, sample = file["path"], base64.b64decode(file["sample"])
             is_large = LFS_PATTERN.search(path) or file["size"] > LFS_BYTES or b"\0" in sample
             present = commit.tree.get(path)
@@ -301,7 +303,7 @@ class Hub:
                 {
                     "path": path,
                     "uploadMode": "lfs" if is_large else "regular",
-                    "shouldIgnore": False,
+                    "shouldIgnore": is_ignored(path, gitignore),
                     "oid": present.etag if present else None,
                 }
             )

@@ -1,5 +1,6 @@
 """What a Hub holds: users, repositories with commits and branches, blobs, large files; and the faults to inject."""
 
+import fnmatch
 import hashlib
 import itertools
 import re
@@ -19,6 +20,18 @@ OWNER, READER, STRANGER = ("hf_" + letter * 34 for letter in "ors")
 
 def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def is_ignored(path: str, gitignore: str) -> bool:
+    """The part of gitignore's rules that is needed here: one name or glob a line, `/` at the start for the root only."""
+    for line in filter(None, (line.strip() for line in gitignore.splitlines())):
+        if (
+            fnmatch.fnmatchcase(path, line[1:]) and "/" not in path
+            if line[0] == "/"
+            else any(fnmatch.fnmatchcase(part, line) for part in path.split("/"))
+        ):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
