@@ -80,6 +80,9 @@ class HfLmTrainingArguments(TrainingArguments):
     overwrite: bool = field(default=False, metadata={"help": "delete the run that output_dir holds and start anew"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "upstream's key; every parameter of ours is used in every step"}
+    )
     allow_changes: bool = field(
         default=False, metadata={"help": "resume although arguments differ from the saved run"}
     )
