@@ -152,6 +152,10 @@ def check_index(folder: str) -> None:
         check_files([str(path.parent / name) for name in sorted(files)])
 
 
+class WeightsError(InputError, RuntimeError):
+    """Weights that do not fit; also the RuntimeError that callers of `from_pretrained` expect here."""
+
+
 def check_loaded(model: PreTrainedModel, info, source: str, foreign: bool) -> None:
     """
     Weights that are missing, left over or of another shape are an error; only a new head may be without weights.
@@ -172,7 +176,7 @@ def check_loaded(model: PreTrainedModel, info, source: str, foreign: bool) -> No
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "not convertible": broken}
     texts = [f"{what}: {_listed(sorted(names))}" for what, names in problems.items() if names]
     if texts:
-        raise InputError(f"{source}: the tensors do not fit the configuration; " + "; ".join(texts))
+        raise WeightsError(f"{source}: the tensors do not fit the configuration; " + "; ".join(texts))
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
@@ -182,6 +186,8 @@ def _listed(names: list[str], limit: int = 8) -> str:
 
 # The family of the checkpoint that this thread is loading, None if it is one of hf_lm itself.
 _loading: ContextVar[Family | None] = ContextVar("family", default=None)
+# Whether the caller asked for `output_loading_info`, and so looks at what is missing without our help.
+_reporting: ContextVar[bool] = ContextVar("reporting", default=False)
 
 
 def _source_family(name, kwargs: dict) -> Family | None:
@@ -211,7 +217,7 @@ def _from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
     name = pretrained_model_name_or_path
     family = _source_family(name, kwargs)
     load = PreTrainedModel.from_pretrained.__func__
-    token = _loading.set(family)
+    tokens = _loading.set(family), _reporting.set(bool(kwargs.get("output_loading_info")))
     try:
         if family is None or not kwargs.get("gguf_file"):
             if name is not None and os.path.isdir(name):
@@ -226,7 +232,8 @@ def _from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         state_dict = native.state_dict()
         return load(cls, None, *args, config=config, state_dict=state_dict, dtype=native.dtype, **kwargs)
     finally:
-        _loading.reset(token)
+        _loading.reset(tokens[0])
+        _reporting.reset(tokens[1])
 
 
 @staticmethod
@@ -242,7 +249,7 @@ def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, exp
     info, offload_index = load(model, state_dict, checkpoint_files, load_config, expected_keys)
     if family is not None:
         model._weight_conversions = None  # so that `save_pretrained` writes the layout that fits our config
-    if not load_config.ignore_mismatched_sizes and (family is not None or checkpoint_files):
+    if not load_config.ignore_mismatched_sizes and not _reporting.get() and (family is not None or checkpoint_files):
         check_loaded(model, info, source, foreign=family is not None)
     return info, offload_index
 
@@ -256,7 +263,8 @@ def install() -> None:
     """
     Let `HfLmConfig.from_pretrained` and `from_pretrained` of every model class read other families' checkpoints.
 
-    A checkpoint that does not fit its configuration is an error, unless `ignore_mismatched_sizes=True` allows it.
+    A checkpoint that does not fit its configuration is an error, unless `ignore_mismatched_sizes=True` or `output_loading_info=True`
+    asks for the model all the same.
     """
     for family in FAMILIES.values():
         register_checkpoint_conversion_mapping(_key(family), loading_conversions(family), overwrite=True)
