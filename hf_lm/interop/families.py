@@ -10,12 +10,12 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..configuration_hf_lm import HfLmConfig
+from ..configuration_hf_lm import ATTENTION_LAYER_TYPES, HfLmConfig
 from ..errors import InputError
 
 # What a model of a family is unless its table says otherwise. (The defaults of HfLmConfig are the from-scratch model.)
@@ -167,6 +167,7 @@ class Family:
         base_prefix: their name for `model.`
         load_only: further names, found in published files only: regular expression -> replacement.
         partial_rotary: whether `partial_rotary_factor` has an effect.
+        nested_rope: each kind of layer has rotary parameters of its own.
     """
 
     model_type: str
@@ -180,6 +181,7 @@ class Family:
     base_prefix: str = "model"
     load_only: Mapping[str, str] = field(default_factory=dict)
     partial_rotary: bool = False
+    nested_rope: bool = False
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
@@ -218,13 +220,24 @@ class Family:
         values: dict[str, Any] = {}
         for name, their_name in self._field_pairs().items():
             values.setdefault(their_name, getattr(ours, name))
+        known = {item.name for item in fields(self.config_class)}
         for rule in self.rules:
-            values |= rule.write(ours)
+            values |= {name: value for name, value in rule.write(ours).items() if name in known}
         if ours.position_embedding_type == "rope":
-            values["rope_parameters"] = deepcopy(ours.rope_parameters)
-            if self.partial_rotary:
-                values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+            values["rope_parameters"] = self._write_rope(ours)
         return self.config_class(**values, architectures=[self.architecture], dtype=ours.dtype)
+
+    def _write_rope(self, ours: HfLmConfig) -> dict[str, Any]:
+        """The rotary parameters, for each kind of layer where the family has them so."""
+        rope = deepcopy(ours.rope_parameters)
+        nested = any(kind in rope for kind in ATTENTION_LAYER_TYPES)
+        if self.nested_rope and not nested:
+            return {kind: dict(rope) for kind in ATTENTION_LAYER_TYPES}
+        if nested and not self.nested_rope:
+            rope = rope[ours.layer_types[0]]
+        if self.partial_rotary:
+            rope.setdefault("partial_rotary_factor", 1.0)
+        return rope
 
     def differences(self, ours: HfLmConfig) -> dict[str, tuple[Any, Any]]:
         """`{option: (value in this model, the value the family has)}` for all that would change the logits."""
@@ -294,6 +307,7 @@ FAMILIES = {
             {"norm_offset": True, "norm_position": "sandwich", "qk_norm": "head"},
             (LAYER_TYPES, GEMMA_SCALES),
             refused=("use_bidirectional_attention", "attn_logit_softcapping"),
+            nested_rope=True,
         ),
         Family(
             "granite",
@@ -442,14 +456,16 @@ def read_config(config_dict: dict[str, Any], source: str) -> dict[str, Any]:
     return ours | {"model_type": HfLmConfig.model_type}
 
 
-def choose_family(config: HfLmConfig) -> Family:
+def choose_family(config: HfLmConfig, wanted: str | None = None) -> Family:
     """
-    The first family that can hold a model with exactly these options.
+    The first family that can hold a model with exactly these options, or the wanted one if it can.
 
     Raises:
-        InputError: none can; names the nearest one and the options it lacks.
+        InputError: none can, or not the wanted one; names the nearest one and the options it lacks.
     """
-    lacking = {name: family.differences(config) for name, family in FAMILIES.items()}
+    if wanted is not None and wanted not in FAMILIES:
+        raise InputError(f"family must be one of {', '.join(FAMILIES)}, got {wanted!r}.")
+    lacking = {name: FAMILIES[name].differences(config) for name in ([wanted] if wanted else FAMILIES)}
     name, options = min(lacking.items(), key=lambda item: len(item[1]))
     if not options:
         return FAMILIES[name]

@@ -1,0 +1,28 @@
+"""Hand a model on as a native checkpoint, GGUF or ONNX: hf-lm export SRC DST --to native."""
+
+import argparse
+
+from .import_ import add_shared, read_text, show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="model folder or Hub id")
+    parser.add_argument("destination", metavar="DST", help="new folder")
+    parser.add_argument("--to", choices=("native", "gguf", "onnx"), default="native", help="format (default native)")
+    add_shared(parser, ("auto", "float32", "float16", "bfloat16", "q8_0"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..errors import InputError
+
+    if arguments.dtype == "q8_0" and arguments.to != "gguf":
+        raise InputError(f"--dtype q8_0 is for --to gguf only, got --to {arguments.to}.")
+    text = read_text(arguments.text)
+    from .. import register_auto_classes
+
+    register_auto_classes()
+    from ..interop import convert, gguf
+
+    export = {"native": convert.export_native, "gguf": gguf.export_gguf, "onnx": convert.export_onnx}[arguments.to]
+    report = export(arguments.source, arguments.destination, arguments.dtype, text=text)
+    return show(report, arguments.destination, arguments.json)

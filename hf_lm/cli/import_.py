@@ -1,0 +1,70 @@
+"""Make an hf_lm folder of a checkpoint of another family: hf-lm import SRC DST."""
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="model folder, Hub id, or a .gguf file")
+    parser.add_argument("destination", metavar="DST", help="new folder")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="random weights where tensors are missing or of another shape"
+    )
+    add_shared(parser, ("auto", "float32", "float16", "bfloat16"))
+
+
+def add_shared(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
+    """What import and export have in common."""
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; default: as they are")
+    parser.add_argument("--text", metavar="FILE", help="what both models read; default: the opening of Moby-Dick")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def read_text(file: str | None) -> str | None:
+    """
+    Raises:
+        InputError: the file cannot be read as UTF-8 text, or is empty.
+    """
+    from ..errors import InputError
+
+    if file is None:
+        return None
+    try:
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text {file}: cannot be read as UTF-8 text ({error}).") from error
+    if not text.strip():
+        raise InputError(f"--text {file}: holds no text.")
+    return text
+
+
+def show(report: dict, destination: str, as_json: bool) -> int:
+    """Print what was written and how well it agrees."""
+    if as_json:
+        print(json.dumps(report))
+        return 0
+    print(f"{destination}: {report.get('family') or report.get('format')}, {report['dtype']}")
+    if "random_weights" in report:
+        print(f"random weights, not compared: {', '.join(report['random_weights'])}")
+        return 0
+    print(
+        f"parity over {report['tokens']} tokens: largest logit difference {report['max_logit_difference']:.2g}, "
+        f"top-1 agreement {report['top1_agreement']:.2%}"
+    )
+    if report["bits_per_byte"] is not None:
+        print(f"bits per byte: {report['bits_per_byte']:.4f}, original {report['reference_bits_per_byte']:.4f}")
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    text = read_text(arguments.text)
+    from .. import register_auto_classes
+
+    register_auto_classes()
+    from ..interop.convert import import_checkpoint
+
+    report = import_checkpoint(
+        arguments.source, arguments.destination, arguments.allow_missing, arguments.dtype, text=text
+    )
+    return show(report, arguments.destination, arguments.json)

@@ -1,0 +1,261 @@
+"""Whole checkpoints in and out: weights, configuration, tokenizer, chat template, generation settings, and the proof."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..modeling_hf_lm import HfLmForCausalLM
+from .families import choose_family
+from .parity import compare, rounded
+from .weights import check_index, native_state_dict
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def staged(destination: str | Path) -> Iterator[Path]:
+    """
+    A new folder beside `destination` that takes its name when all went well, and is removed when not.
+
+    Raises:
+        InputError: `destination` exists already and is not an empty folder, or cannot be written.
+    """
+    destination = Path(destination)
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise InputError(f"{destination}: exists already; name a new folder.")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise InputError(f"{destination}: cannot be written ({error.strerror}).") from error
+    try:
+        folder.chmod(0o755)
+        yield folder
+        os.replace(folder, destination)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def split_source(source: str) -> tuple[str, dict[str, str]]:
+    """A folder or Hub id, and `gguf_file=` where the path of a GGUF file was given."""
+    if source.endswith(".gguf"):
+        return os.path.dirname(source) or ".", {"gguf_file": os.path.basename(source)}
+    return source, {}
+
+
+def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
+    """
+    The tokenizer that comes with a model, or None if none does.
+
+    Raises:
+        InputError: there is one, but it cannot be read.
+    """
+    names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(source, name))]
+    if os.path.isdir(source) and not names and not kwargs:
+        return None  # the library would build an empty one
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        return _only_tokens_in_file(tokenizer) if kwargs else tokenizer
+    except Exception as error:  # whatever a broken file makes the tokenizer's code do
+        if not os.path.isdir(source) and isinstance(error, OSError):
+            return None
+        file = os.path.join(source, kwargs.get("gguf_file") or names[0])
+        raise InputError(f"{file}: the tokenizer cannot be read: {error}") from error
+
+
+def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Without the `<|endoftext|>` that the library adds behind the vocabulary of a GGUF file which has none."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    size = len(definition["model"]["vocab"])
+    definition["added_tokens"] = [item for item in definition["added_tokens"] if item["id"] < size]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(definition))
+    return tokenizer
+
+
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str) -> None:
+    """
+    Raises:
+        InputError: a weight is not finite, or the tokenizer has ids that the embedding does not have.
+    """
+    for name, parameter in model.named_parameters():
+        if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):
+            raise InputError(f"{source}: {name} holds NaN or infinite values.")
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, but the embedding only {model.config.vocab_size} "
+            "(vocab_size in config.json)."
+        )
+
+
+def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """The model with its generation settings, and the tokenizer with its chat template."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def import_checkpoint(
+    source: str,
+    destination: str | Path,
+    allow_missing: bool = False,
+    dtype: str = "auto",
+    text: str | None = None,
+) -> dict[str, Any]:
+    """
+    Write the hf_lm folder of a checkpoint of another family, with the proof that both compute the same.
+
+    Args:
+        source: folder or Hub id, or the path of a GGUF file.
+        allow_missing: weights that are missing or of another shape become random ones, left over ones are dropped.
+        dtype: of the weights to be written, a key of `DTYPES`; "auto": as they are.
+        text: what both models read; default: see `parity.default_text`.
+
+    Returns:
+        What is written to `parity.json`, see `parity.compare`.
+
+    Raises:
+        InputError: the source cannot be read, is of no known family or damaged; the destination exists.
+        RuntimeError: the models do not compute the same. No folder is left behind.
+    """
+    folder, gguf = split_source(source)
+    with staged(destination) as staging:
+        tokenizer = load_tokenizer(folder, **gguf)
+        try:
+            model, info = HfLmForCausalLM.from_pretrained(
+                folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=allow_missing,
+                output_loading_info=True, **gguf,
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"{source}: cannot be read as a model: {error}") from error
+        check_model(model, tokenizer, source)
+        save(staging, model, tokenizer)
+        saved_dtype, family = model.dtype, _model_type(folder, gguf)
+        lacking = sorted(info["missing_keys"] - {"lm_head.weight"} or ()) + [
+            name for name, *_ in info["mismatched_keys"]
+        ]
+        del model
+        report = {"source": source, "family": family, "dtype": str(saved_dtype).removeprefix("torch.")}
+        if lacking:
+            return write_report(staging, report | {"random_weights": lacking})
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
+        ours = HfLmForCausalLM.from_pretrained(staging, dtype=torch.float32)
+        return write_report(
+            staging, report | compare(ours, rounded(reference, lambda weight: weight.to(saved_dtype)), tokenizer, text)
+        )
+
+
+def _model_type(folder: str, gguf: dict[str, str]) -> str:
+    return transformers.PreTrainedConfig.get_config_dict(folder, **gguf)[0]["model_type"]
+
+
+def load_for_export(source: str, dtype: str) -> tuple[HfLmForCausalLM, PreTrainedTokenizerBase | None]:
+    """
+    The model to export and its tokenizer.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    if os.path.isdir(source):
+        check_index(source)
+    tokenizer = load_tokenizer(source)
+    try:
+        model = HfLmForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, dtype)).eval()
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read as a model: {error}") from error
+    check_model(model, tokenizer, source)
+    return model, tokenizer
+
+
+def to_native(model: HfLmForCausalLM, family: str | None = None) -> PreTrainedModel:
+    """
+    The same model as one of the library's own classes, sharing its weights where the layouts agree.
+
+    Args:
+        family: a key of `FAMILIES`; default: the first one that has all options of the model.
+
+    Raises:
+        InputError: no family (or not this one) has all options of the model; names those in the way.
+    """
+    chosen = choose_family(model.config, family)
+    config = chosen.from_hf_lm(model.config)
+    native = getattr(transformers, chosen.architecture).from_pretrained(
+        None, config=config, state_dict=native_state_dict(model, chosen), dtype=model.dtype
+    )
+    native._weight_conversions = None  # so that the names in the file are those that the library writes by itself
+    native.generation_config = model.generation_config
+    return native
+
+
+def export_native(
+    source: str, destination: str | Path, dtype: str = "auto", family: str | None = None, text: str | None = None
+) -> dict[str, Any]:
+    """
+    Write a checkpoint that needs none of our code: `LlamaForCausalLM`, `Qwen3ForCausalLM`, `GPT2LMHeadModel`, ...
+
+    Arguments, result and errors as in `import_checkpoint` and `to_native`.
+    """
+    model, tokenizer = load_for_export(source, dtype)
+    with staged(destination) as staging:
+        native = to_native(model, family)
+        save(staging, native, tokenizer)
+        report = {
+            "source": source,
+            "family": native.config.model_type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        del native
+        reloaded = AutoModelForCausalLM.from_pretrained(staging, dtype=torch.float32)
+        return write_report(staging, report | compare(reloaded, model.float(), tokenizer, text))
+
+
+def export_onnx(source: str, destination: str | Path, dtype: str = "auto", text: str | None = None) -> dict[str, Any]:
+    """
+    Write `model.onnx`: token ids and attention mask in, logits out, both dimensions free. Checked in ONNX Runtime.
+
+    Arguments, result and errors as in `export_native`; the weights are always written in float32.
+    """
+    if dtype not in ("auto", "float32"):
+        raise InputError(f"--to onnx writes float32 only, got --dtype {dtype}.")
+    try:
+        from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
+
+        exporter = OnnxExporter()
+    except ImportError as error:
+        raise InputError("--to onnx needs the packages of pip install hf-lm[onnx].") from error
+    model, tokenizer = load_for_export(source, "float32")
+    model.config.use_cache = False
+    ids = torch.arange(2 * 7).reshape(2, 7) % model.config.vocab_size
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with staged(destination) as staging:
+        with redirect_stdout(sys.stderr):  # torch reports its progress there
+            exporter.export(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        exported = ExportedModel.from_pretrained(staging)
+
+        def run(input_ids):
+            return exported(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+
+        report = {"source": source, "format": "onnx", "dtype": "float32"}
+        return write_report(staging, report | compare(run, model, tokenizer, text))
