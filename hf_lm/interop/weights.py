@@ -215,6 +215,7 @@ def _get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
 @classmethod
 def _from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
     name = pretrained_model_name_or_path
+    kwargs.setdefault("use_safetensors", True)  # pickled weights only for who asks for them
     family = _source_family(name, kwargs)
     load = PreTrainedModel.from_pretrained.__func__
     tokens = _loading.set(family), _reporting.set(bool(kwargs.get("output_loading_info")))

@@ -56,6 +56,7 @@ def test_every_number_of_a_card_is_in_an_artifact(model_folder, language):
         for value in [*config.values(), *(measured and METRIC_TEXTS or ()), *weights_numbers(model_folder)]:
             known |= {f"{value:,}" if isinstance(value, int) else str(value)}
         numbers = set(re.findall(r"(?<![\w.])\d[\d,.]*\d(?!\w)|(?<![\w.,])\d(?![\w.,])", body))
+        assert len(numbers) >= (24 if measured else 8)
         assert numbers <= known, numbers - known
 
 
