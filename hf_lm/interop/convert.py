@@ -15,12 +15,12 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
 from ..modeling_hf_lm import HfLmForCausalLM
 from .families import choose_family
 from .parity import compare, rounded
-from .weights import check_index, native_state_dict
-
+from .weights import native_state_dict, source_config
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
@@ -140,33 +140,31 @@ def import_checkpoint(
     """
     folder, gguf = split_source(source)
     with staged(destination) as staging:
-        tokenizer = load_tokenizer(folder, **gguf)
         try:
-            model, info = HfLmForCausalLM.from_pretrained(
+            family = source_config(folder, **gguf)[0].get("model_type")
+            HfLmConfig.from_pretrained(
+                folder, **gguf
+            )  # refuses what the decoder does not have, before anything is read
+            tokenizer = load_tokenizer(folder, **gguf)
+            loaded = HfLmForCausalLM.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=allow_missing,
-                output_loading_info=True, **gguf,
+                output_loading_info=allow_missing, **gguf,
             )  # fmt: skip
         except OSError as error:
             raise InputError(f"{source}: cannot be read as a model: {error}") from error
+        model, info = loaded if allow_missing else (loaded, {"missing_keys": (), "mismatched_keys": ()})
         check_model(model, tokenizer, source)
         save(staging, model, tokenizer)
-        saved_dtype, family = model.dtype, _model_type(folder, gguf)
-        lacking = sorted(info["missing_keys"] - {"lm_head.weight"} or ()) + [
-            name for name, *_ in info["mismatched_keys"]
-        ]
-        del model
+        saved_dtype = model.dtype
+        del model, loaded
         report = {"source": source, "family": family, "dtype": str(saved_dtype).removeprefix("torch.")}
-        if lacking:
-            return write_report(staging, report | {"random_weights": lacking})
+        random = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+        if random:
+            return write_report(staging, report | {"random_weights": random})
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
         ours = HfLmForCausalLM.from_pretrained(staging, dtype=torch.float32)
-        return write_report(
-            staging, report | compare(ours, rounded(reference, lambda weight: weight.to(saved_dtype)), tokenizer, text)
-        )
-
-
-def _model_type(folder: str, gguf: dict[str, str]) -> str:
-    return transformers.PreTrainedConfig.get_config_dict(folder, **gguf)[0]["model_type"]
+        rounded(reference, lambda weight: weight.to(saved_dtype))
+        return write_report(staging, report | compare(ours, reference, tokenizer, text))
 
 
 def load_for_export(source: str, dtype: str) -> tuple[HfLmForCausalLM, PreTrainedTokenizerBase | None]:
@@ -176,10 +174,9 @@ def load_for_export(source: str, dtype: str) -> tuple[HfLmForCausalLM, PreTraine
     Raises:
         InputError: they cannot be read.
     """
-    if os.path.isdir(source):
-        check_index(source)
-    tokenizer = load_tokenizer(source)
     try:
+        HfLmConfig.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         model = HfLmForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, dtype)).eval()
     except OSError as error:
         raise InputError(f"{source}: cannot be read as a model: {error}") from error

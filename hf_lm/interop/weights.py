@@ -190,17 +190,28 @@ _loading: ContextVar[Family | None] = ContextVar("family", default=None)
 _reporting: ContextVar[bool] = ContextVar("reporting", default=False)
 
 
+def source_config(name, cls: type[PreTrainedConfig] = PreTrainedConfig, **kwargs) -> tuple[dict, dict]:
+    """
+    `PreTrainedConfig.get_config_dict`: what the `config.json` of any checkpoint says, and the arguments left over.
+
+    Raises:
+        InputError: it says nothing.
+        OSError: there is none, or it is no JSON.
+    """
+    try:
+        return PreTrainedConfig.get_config_dict.__func__(cls, name, **kwargs)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{name}: config.json holds no JSON object.") from error
+
+
 def _source_family(name, kwargs: dict) -> Family | None:
     """The family of a folder, file or Hub id; None if that is for the library to find out (hf_lm, adapters, errors)."""
     if name is None:
         return None
-    arguments = {key: kwargs[key] for key in CONFIG_ARGUMENTS if kwargs.get(key) is not None}
     try:
-        config_dict, _ = PreTrainedConfig.get_config_dict(name, **arguments)
+        config_dict, _ = source_config(name, **{key: kwargs[key] for key in CONFIG_ARGUMENTS if kwargs.get(key)})
     except OSError:
         return None
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{name}: config.json holds no JSON object.") from error
     if config_dict.get("model_type", HfLmConfig.model_type) == HfLmConfig.model_type:
         return None
     return family_of(config_dict, str(name))
@@ -208,7 +219,7 @@ def _source_family(name, kwargs: dict) -> Family | None:
 
 @classmethod
 def _get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-    config_dict, kwargs = PreTrainedConfig.get_config_dict.__func__(cls, pretrained_model_name_or_path, **kwargs)
+    config_dict, kwargs = source_config(pretrained_model_name_or_path, cls, **kwargs)
     return read_config(config_dict, str(pretrained_model_name_or_path)), kwargs
 
 
@@ -264,8 +275,8 @@ def install() -> None:
     """
     Let `HfLmConfig.from_pretrained` and `from_pretrained` of every model class read other families' checkpoints.
 
-    A checkpoint that does not fit its configuration is an error, unless `ignore_mismatched_sizes=True` or `output_loading_info=True`
-    asks for the model all the same.
+    A checkpoint that does not fit its configuration is an error, unless `ignore_mismatched_sizes=True` or
+    `output_loading_info=True` asks for the model all the same.
     """
     for family in FAMILIES.values():
         register_checkpoint_conversion_mapping(_key(family), loading_conversions(family), overwrite=True)
