@@ -258,6 +258,8 @@ class HfLmConfig(PreTrainedConfig):
         Tensor parallelism: each rank computes some of the heads and a part of the MLP's width. A norm over the width of
         all heads needs them gathered, as in OLMo2.
         """
+        if "base_model_tp_plan" in self.__dict__:
+            return self.__dict__["base_model_tp_plan"]
         gathered = self.qk_norm == "full"
         plan = {
             f"layers.*.self_attn.{name}_proj": "colwise_gather_output" if gathered else "colwise" for name in "qkv"
@@ -268,6 +270,10 @@ class HfLmConfig(PreTrainedConfig):
         if self.mlp_type == "gated":
             plan["layers.*.mlp.gate_proj"] = "colwise"
         return plan | {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]):
+        self.__dict__["base_model_tp_plan"] = plan  # transformers 5.20 adds the embedding's entry
 
     def rope_parameters_by_layer_type(self) -> dict[str, dict]:
         """
