@@ -10,6 +10,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -143,7 +144,7 @@ def describe(model, trainer: HfLmTrainer, arguments, sha256: str | None, seconds
         if training_arguments.device.type == "cpu"
         else torch.cuda.get_device_name(),
         "data": {
-            "train_file": data_arguments.train_file,
+            "train_file": ", ".join(data_arguments.train_file or []) or None,
             "dataset_name": data_arguments.dataset_name,
             "sha256": sha256,
             "validation_bytes": trainer.eval_bytes,
@@ -222,8 +223,8 @@ def train(
         args=training_arguments,
         train_dataset=blocks["train"],
         eval_dataset=evaluation,
-        eval_bytes=None if evaluation is None else sum(evaluation["num_bytes"]),
-        data_collator=PackedCollator(tokenizer),
+        eval_bytes=None if evaluation is None else int(np.sum(evaluation["num_bytes"])),
+        data_collator=PackedCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     interrupt = InterruptCallback()

@@ -1,0 +1,46 @@
+"""The data keys of a recipe, named as in the library's language-modelling example."""
+
+from dataclasses import dataclass, field
+
+from ..errors import InputError
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from, what of it is held out, and how it is cut."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "dataset of the Hub, or a local dataset folder"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "files or globs: .txt (one document each), .jsonl, .json, .csv, .parquet"}
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "the same, held out"})
+    validation_split_percentage: float = field(
+        default=5.0,
+        metadata={
+            "help": "without validation data: per cent held out at the end; of documents, or of one's characters"
+        },
+    )
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "column that holds the text; default: text, or the only one of strings"}
+    )
+    streaming: bool = field(default=False, metadata={"help": "read the data while training, without a copy on disk"})
+    block_size: int = field(default=256, metadata={"help": "tokens the model sees at once"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training documents"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many held-out documents"})
+
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
+        if not 0 <= self.validation_split_percentage < 100:
+            raise InputError(
+                "validation_split_percentage: must be at least 0 and less than 100, got "
+                f"{self.validation_split_percentage}."
+            )
+        for name in ("block_size", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}: must be at least 1, got {value}.")
+        if self.dataset_name and self.train_file:
+            raise InputError("dataset_name and train_file exclude each other.")

@@ -1,0 +1,195 @@
+"""Documents: one row a text, in one column, split into what is trained on and what is held out."""
+
+import glob
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from ..errors import InputError
+from .arguments import DataArguments
+
+FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def expand(key: str, patterns: list[str]) -> list[str]:
+    """
+    The files that some paths and globs name, in order.
+
+    Raises:
+        InputError: one names nothing, a folder, an empty file, or a format that is not known.
+    """
+    paths = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not found:
+            raise InputError(f"{key}: no file matches {pattern}.")
+        paths += found
+    for path in paths:
+        if os.path.isdir(path):
+            raise InputError(f"{key}: {path} is a folder; name its files, for example {path}/*.txt.")
+        if not os.path.isfile(path):
+            raise InputError(f"{key}: {path} does not exist.")
+        if os.path.getsize(path) == 0:
+            raise InputError(f"{key}: {path} is empty.")
+        if Path(path).suffix.lower() not in FORMATS:
+            raise InputError(f"{key}: {path} must end in one of {', '.join(FORMATS)}.")
+    return paths
+
+
+def read_text(path: str) -> str:
+    """
+    A text file, byte for byte (no newline is translated).
+
+    Raises:
+        InputError: it is not UTF-8; says where.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise InputError(f"{path}: holds nothing but white space.")
+    return text
+
+
+def _texts(paths: list[str], stamps: list) -> Iterator[dict]:
+    for path in paths:
+        yield {"text": read_text(path)}
+
+
+def _only_text(rows, name: str | None, where: str):
+    """
+    The rows with their text column alone, called `text`, and without empty texts.
+
+    Raises:
+        InputError: there is no such column, it does not hold text, or every row is empty.
+    """
+    columns = rows.column_names or list(next(iter(rows)))
+    strings = [column for column in columns if rows.features is None or _is_string(rows.features[column])]
+    name = name or ("text" if "text" in columns else strings[0] if len(strings) == 1 else None)
+    if name is None:
+        raise InputError(f"text_column_name: {where} has no column text; name one of {', '.join(columns)}.")
+    if name not in columns:
+        raise InputError(f"text_column_name: {where} has no column {name}; it has {', '.join(columns)}.")
+    if rows.features is not None and not _is_string(rows.features[name]):
+        raise InputError(f"text_column_name: column {name} of {where} does not hold text.")
+    rows = rows.select_columns(name)
+    rows = rows if name == "text" else rows.rename_column(name, "text")
+    if isinstance(rows, IterableDataset):
+        return rows.filter(lambda text: bool(text), input_columns="text")
+    empty = sum(not text for batch in rows.select_columns("text").iter(1000) for text in batch["text"])
+    if empty == len(rows):
+        raise InputError(f"{where}: every row of column {name} is empty.")
+    return rows.filter(lambda text: bool(text), input_columns="text") if empty else rows
+
+
+def _is_string(feature) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _load_files(key: str, arguments: DataArguments):
+    paths = expand(key, getattr(arguments, key))
+    formats = {FORMATS[Path(path).suffix.lower()] for path in paths}
+    if len(formats) > 1:
+        raise InputError(f"{key}: files of one kind at a time, got {', '.join(sorted(formats))}.")
+    if formats == {"text"}:
+        for path in paths:
+            read_text(path)  # now, where an error is one line, not inside the library's writer
+        stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+        reader = IterableDataset if arguments.streaming else Dataset
+        return reader.from_generator(_texts, gen_kwargs={"paths": paths, "stamps": stamps})
+    try:
+        rows = load_dataset(formats.pop(), data_files=paths, split="train", streaming=arguments.streaming)
+        return _only_text(rows, arguments.text_column_name, ", ".join(paths))
+    except (DatasetGenerationError, UnicodeDecodeError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{key}: {', '.join(paths)} cannot be read: {error.__cause__ or error}") from error
+
+
+def _load_dataset(arguments: DataArguments) -> dict:
+    name = arguments.dataset_name
+    try:
+        splits = load_dataset(name, arguments.dataset_config_name, streaming=arguments.streaming)
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
+        raise InputError(f"dataset_name: {name} cannot be loaded: {error}") from error
+    if "train" not in splits:
+        raise InputError(f"dataset_name: {name} has no split train; it has {', '.join(splits)}.")
+    wanted = [split for split in ("train", "validation") if split in splits]
+    return {split: _only_text(splits[split], arguments.text_column_name, f"{name} ({split})") for split in wanted}
+
+
+def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
+    """
+    Split off the end: of several documents the last ones; of a single one the last `percentage` per cent of its
+    characters, exactly `text[int(len(text) * (100 - percentage) / 100):]`. Nothing crosses the boundary.
+
+    Raises:
+        InputError: one of the two parts would be empty.
+    """
+    if len(documents) > 1:
+        count = math.ceil(len(documents) * percentage / 100)
+        boundary = len(documents) - count
+        return {
+            "train": documents.select(range(boundary)),
+            "validation": documents.select(range(boundary, len(documents))),
+        }
+    text = documents[0]["text"]
+    boundary = int(len(text) * (100 - percentage) / 100)
+    if not 0 < boundary < len(text):
+        raise InputError(
+            f"validation_split_percentage: {percentage} per cent of {len(text)} characters leaves a part empty."
+        )
+    return {
+        "train": Dataset.from_dict({"text": [text[:boundary]]}),
+        "validation": Dataset.from_dict({"text": [text[boundary:]]}),
+    }
+
+
+def load_documents(arguments: DataArguments) -> dict[str, Dataset | IterableDataset]:
+    """
+    The documents a recipe names, in order.
+
+    Returns:
+        `"train"` and, if any is held out, `"validation"`; each with the one column `text`.
+
+    Raises:
+        InputError: nothing is named, or what is named cannot be read; see the helpers above.
+    """
+    if arguments.dataset_name:
+        documents = _load_dataset(arguments)
+    elif arguments.train_file:
+        documents = {"train": _load_files("train_file", arguments)}
+    else:
+        raise InputError("train_file: name a file to train on, or a dataset_name.")
+    if arguments.validation_file:
+        documents["validation"] = _load_files("validation_file", arguments)
+    if "validation" not in documents and arguments.validation_split_percentage > 0:
+        if arguments.streaming:
+            raise InputError("streaming: name a validation_file, or set validation_split_percentage to 0.")
+        documents = hold_out(documents["train"], arguments.validation_split_percentage)
+    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    return {split: rows if limits[split] is None else rows.take(limits[split]) for split, rows in documents.items()}
+
+
+def data_sha256(arguments: DataArguments) -> str | None:
+    """SHA-256 over the bytes of all named files in order; None for a dataset of the Hub."""
+    keys = [key for key in ("train_file", "validation_file") if getattr(arguments, key)]
+    if not keys:
+        return None
+    digest = hashlib.sha256()
+    for key in keys:
+        for path in expand(key, getattr(arguments, key)):
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()

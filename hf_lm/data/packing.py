@@ -1,0 +1,199 @@
+"""
+Documents to blocks of tokens.
+
+A *segment* is what the model sees of one document inside one block: the tokens that the tokenizer itself puts before a
+text (`<|bos|>` with ours), then tokens of the document, which ends with `eos`. Segments fill blocks one after the other;
+their positions start at 0, which is how the model keeps them apart. Every token is predicted exactly once, eos included.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+
+VERSION = 1  # raise it when blocks change: it is part of the cache's key
+BATCH = 256  # documents tokenised at once
+IGNORED = -100
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "position_ids": List(Value("int32")),
+        "num_bytes": Value("int64"),
+    }
+)
+
+
+def segment_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: `[bos]` for ours and Llama's, `[]` for GPT-2's."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return list(whole[:start])
+
+
+def _bytes_of_each_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
+    """UTF-8 bytes of each token of a byte-level vocabulary (`(vocabulary,)`); None for other kinds."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if '"ByteLevel"' not in json.dumps(backend["decoder"]):
+        return None
+    sizes = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, index in backend["model"]["vocab"].items():
+        sizes[index] = len(token)  # one letter of the byte alphabet for each byte
+    for added in backend["added_tokens"]:
+        sizes[added["id"]] = len(added["content"].encode())
+    return sizes
+
+
+def _bytes_from_offsets(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """UTF-8 bytes that each token covers, from its place in the text; all of the text is covered, none twice."""
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
+    ends[-1] = len(text)
+    at = np.concatenate(([0], np.cumsum([len(character.encode()) for character in text])))
+    return np.diff(at[ends], prepend=0)
+
+
+def encode_documents(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """
+    The tokens of each document, eos at the end, and the UTF-8 bytes of the text that each token covers.
+
+    Yields:
+        Two arrays of shape `(tokens,)`: int32 ids and int64 bytes (0 for eos).
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    sizes = _bytes_of_each_token(tokenizer)
+    encode = backend.encode_batch if sizes is None else backend.encode_batch_fast  # fast: without places
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encoded(batch: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for text, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):
+            ids = np.array(encoding.ids + end, dtype=np.int32)
+            lengths = np.zeros(len(ids), dtype=np.int64)
+            if len(encoding.ids):
+                body = ids[: len(encoding.ids)]
+                lengths[: len(body)] = (
+                    sizes[body] if sizes is not None else _bytes_from_offsets(text, encoding.offsets)
+                )
+            yield ids, lengths
+
+    batch = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == BATCH:
+            yield from encoded(batch)
+            batch = []
+    yield from encoded(batch)
+
+
+def _blocks(documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
+    prefix = np.array(segment_prefix(tokenizer), dtype=np.int32)
+    # Without a prefix nothing predicts a segment's first token; with one, nothing predicts the prefix.
+    unpredicted = max(len(prefix), 1)
+    parts: list[dict] = []
+    room = block_size
+
+    def joined() -> dict:
+        block = {key: np.concatenate([part[key] for part in parts]) for key in ("input_ids", "labels", "position_ids")}
+        block["num_bytes"] = int(sum(part["num_bytes"] for part in parts))
+        return block
+
+    for ids, sizes in encode_documents((row["text"] for row in documents), tokenizer):
+        start = 0
+        while start < len(ids):
+            if room <= unpredicted:  # no room for a token that is predicted
+                yield joined()
+                parts, room = [], block_size
+            end = min(len(ids), start + room - len(prefix))
+            segment = np.concatenate((prefix, ids[start:end]))
+            labels = segment.copy()
+            labels[:unpredicted] = IGNORED
+            covered = sizes[start + unpredicted - len(prefix) : end]
+            positions = np.arange(len(segment), dtype=np.int32)
+            parts.append(
+                {"input_ids": segment, "labels": labels, "position_ids": positions, "num_bytes": covered.sum()}
+            )
+            room -= len(segment)
+            start = end
+    if parts:
+        yield joined()
+
+
+def _cache_key(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:
+    special = [segment_prefix(tokenizer), tokenizer.eos_token_id]
+    key = [VERSION, documents._fingerprint, tokenizer.backend_tokenizer.to_str(), special, block_size]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+
+def pack_documents(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Dataset | IterableDataset:
+    """
+    Tokenise documents and pack them into blocks; nothing is dropped, so the last block is shorter.
+
+    What was packed once is read from the cache of `datasets` the next time (a `Dataset`; a stream is packed as it
+    comes).
+
+    Args:
+        documents: rows with a `text`.
+        block_size: tokens of a block.
+
+    Returns:
+        Rows of `input_ids`, `labels`, `position_ids` (each `(block,)`) and `num_bytes`, the UTF-8 bytes that the
+        predicted tokens of the block cover.
+
+    Raises:
+        InputError: `block_size` is too small for one predicted token, or the documents do not fill one block.
+    """
+    if block_size <= max(len(segment_prefix(tokenizer)), 1):
+        raise InputError(f"block_size: {block_size} leaves no room for a token to predict.")
+    arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
+    if isinstance(documents, IterableDataset):
+        return IterableDataset.from_generator(_blocks, features=FEATURES, gen_kwargs=arguments)
+    blocks = Dataset.from_generator(
+        _blocks, features=FEATURES, gen_kwargs=arguments, fingerprint=_cache_key(documents, tokenizer, block_size)
+    ).with_format("numpy")
+    if len(blocks) < 2 and (len(blocks) == 0 or len(blocks[0]["input_ids"]) < block_size):
+        tokens = len(blocks[0]["input_ids"]) if len(blocks) else 0
+        raise InputError(f"block_size: the text has {tokens} tokens, less than one block of {block_size}.")
+    return blocks
+
+
+def evaluation_windows(
+    ids: np.ndarray, block_size: int, stride: int | None = None, prefix: list[int] | None = None
+) -> Iterator[dict]:
+    """
+    Windows over one document in which every token is scored exactly once.
+
+    Args:
+        ids: `(tokens,)`.
+        block_size: tokens of a window, the prefix included.
+        stride: tokens that each window after the first scores; what is before them in the window is context.
+            Default: all of it, the same windows as `pack_documents` makes of a document of its own.
+        prefix: what precedes each window (`segment_prefix`); without one the first token of a window is not scored.
+
+    Yields:
+        `input_ids` and `labels`, of shape `(window,)`; labels are -100 where nothing is scored.
+    """
+    prefix = np.array(prefix or [], dtype=ids.dtype)
+    capacity = block_size - len(prefix)
+    stride = capacity if stride is None else stride
+    if not 0 < stride <= capacity:
+        raise InputError(f"stride: must be between 1 and {capacity}, got {stride}.")
+    scored = 0
+    while scored < len(ids):
+        end = min(len(ids), scored + (capacity if scored == 0 else stride))
+        start = max(0, end - capacity)
+        window = np.concatenate((prefix, ids[start:end]))
+        labels = window.copy()
+        labels[: max(len(prefix) + scored - start, 1)] = IGNORED
+        yield {"input_ids": window, "labels": labels}
+        scored = end
