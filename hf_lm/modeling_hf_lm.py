@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_causal_mask,
+    create_masks_for_generate,
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
 )
@@ -377,6 +378,19 @@ def varlen_arguments(document_ids: torch.Tensor, attention_mask: torch.Tensor | 
     return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
+def with_lengths_kept(cache: Cache) -> Cache:
+    """
+    The cache to make a mask from that FlexAttention evaluates later: by then a static cache has counted the new tokens
+    in place, and the mask would let them see too much. The tensors of keys and values are shared.
+    """
+    cache = copy(cache)
+    cache.layers = [copy(layer) for layer in cache.layers]
+    for layer in cache.layers:
+        if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+            layer.cumulative_length = layer.cumulative_length.clone()
+    return cache
+
+
 def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None = None) -> None:
     """
     Refuse ids outside `[0, size)`. On an accelerator reading them back would stall the step, so only CPU tensors are
@@ -531,6 +545,8 @@ class HfLmModel(HfLmPreTrainedModel):
         device = inputs_embeds.device.type
         if torch.is_autocast_enabled(device):
             inputs_embeds = inputs_embeds[..., :1].to(torch.get_autocast_dtype(device))
+        if past_key_values is not None and self.config._attn_implementation == "flex_attention":
+            mask_kwargs["past_key_values"] = with_lengths_kept(past_key_values)
         build = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         masks = {
             layer_type: build[layer_type](config=self.config, inputs_embeds=inputs_embeds, **mask_kwargs)
@@ -629,6 +645,11 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         if self.config.final_logit_softcapping is not None:
             logits = self.config.final_logit_softcapping * torch.tanh(logits / self.config.final_logit_softcapping)
         return logits
+
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs):
+        """As upstream, which copies each mask as a tensor: those of FlexAttention are none, `forward` makes them."""
+        is_flex = self.config._attn_implementation == "flex_attention"
+        return attention_mask if is_flex else create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _may_skip_logits(self, hidden_states: torch.Tensor) -> bool:
         """The head is the plain layer built above (no adapter, hook, quantiser or sharding), the loss the usual one."""
