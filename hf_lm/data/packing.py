@@ -191,7 +191,7 @@ def evaluation_windows(
     scored = 0
     while scored < len(ids):
         end = min(len(ids), scored + (capacity if scored == 0 else stride))
-        start = max(0, end - capacity)
+        start = max(0, scored - (capacity - stride))
         window = np.concatenate((prefix, ids[start:end]))
         labels = window.copy()
         labels[: max(len(prefix) + scored - start, 1)] = IGNORED
