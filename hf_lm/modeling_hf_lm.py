@@ -727,9 +727,12 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         )
 
 
-# The library's heads build their base model with AutoModel, which refuses remote code: only their forward is used.
+# The library's heads build their base model with AutoModel, which refuses remote code: only their forward is used. It
+# leaves out `num_items_in_batch`, so the Trainer must not count on it: gradient accumulation would multiply the loss.
 class HfLmForSequenceClassification(GenericForSequenceClassification, HfLmPreTrainedModel):
     """A label for the whole text, from its last token that is not padding (on either side)."""
+
+    accepts_loss_kwargs = False
 
     def __init__(self, config: HfLmConfig):
         HfLmPreTrainedModel.__init__(self, config)
@@ -741,6 +744,8 @@ class HfLmForSequenceClassification(GenericForSequenceClassification, HfLmPreTra
 
 class HfLmForTokenClassification(GenericForTokenClassification, HfLmPreTrainedModel):
     """A label for each token."""
+
+    accepts_loss_kwargs = False
 
     def __init__(self, config: HfLmConfig):
         HfLmPreTrainedModel.__init__(self, config)
