@@ -1,16 +1,225 @@
 # Copyright 2026 The hf_lm authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Two functions with hand-written exact gradients: the loss over the vocabulary without the logits, and the RMS norm on
-a CPU. Each equals the plain formula (see the tests) and exists because it was measured to be faster or smaller.
+The functions of the model that hold no weights: which token sees which, rotary positions, attention written out, and
+two with hand-written exact gradients, since they were measured to be faster or smaller than the plain formula that
+they equal: the loss over the vocabulary without the logits, and the RMS norm on a CPU.
 """
+
+from copy import copy
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.import_utils import is_tracing
 
 # Logits held at once. On a CPU a slice should stay in the cache; an accelerator wants large products.
 SLICE_ELEMENTS = {"cpu": 2**19, "default": 2**26}
+
+
+def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None = None) -> None:
+    """
+    Refuse ids outside `[0, size)`. On an accelerator reading them back would stall the step, so only CPU tensors are
+    looked at; there the kernels' own assertions stop the run.
+
+    Raises:
+        ValueError: naming the id and the limit.
+    """
+    if ids.device.type != "cpu" or is_tracing(ids):
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low == ignore_index and high < size:  # the usual case of masked labels: look at the others
+        low = int(torch.where(ids == ignore_index, 0, ids).min())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be between 0 and {size - 1}, got {low if low < 0 else high}.")
+
+
+def attention_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> tuple[dict, dict]:
+    """
+    `{layer type: mask}` and further arguments for the attention functions.
+
+    The library looks for packed documents only without mask and cache; here they are found whatever is passed, as long
+    as nothing is cached yet.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask, {}
+    attention_kwargs = {}
+    mask_kwargs = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+    is_2d = attention_mask is None or attention_mask.ndim == 2
+    if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and nothing_cached(past_key_values):
+        documents = packed_document_ids(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask)
+        is_flash = is_flash_attention_requested(config)  # its lengths depend on the data: not for a traced graph
+        if not is_flash if is_tracing(documents) else bool((documents[:, -1] > 0).any()):
+            if is_flash:
+                attention_kwargs = varlen_arguments(documents, attention_mask)
+                mask_kwargs["attention_mask"] = None
+            if past_key_values is not None:  # a static cache has room for more keys than there are yet
+                length = documents.shape[1]
+                sizes = [past_key_values.get_mask_sizes(length, i)[0] for i in range(config.num_hidden_layers)]
+                documents = nn.functional.pad(documents, (0, max(sizes) - length), value=-1)
+            mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
+
+    # The mask takes the dtype of the embeddings; under autocast the scores it is added to have another.
+    device = inputs_embeds.device.type
+    if torch.is_autocast_enabled(device):
+        inputs_embeds = inputs_embeds[..., :1].to(torch.get_autocast_dtype(device))
+    if past_key_values is not None and config._attn_implementation == "flex_attention":
+        mask_kwargs["past_key_values"] = with_lengths_kept(past_key_values)
+    build = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    masks = {
+        layer_type: build[layer_type](config=config, inputs_embeds=inputs_embeds, **mask_kwargs)
+        for layer_type in set(config.layer_types)
+    }
+    return masks, attention_kwargs
+
+
+def nothing_cached(past_key_values: Cache | None) -> bool:
+    """Whether there are no keys yet; not known, and so False, while a graph is traced."""
+    length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return not (isinstance(length, torch.Tensor) and is_tracing(length)) and int(length) == 0
+
+
+def default_position_ids(
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None, past_key_values: Cache | None
+) -> torch.Tensor:
+    """The number of real tokens before each token, cached ones included: `(batch or 1, sequence)`."""
+    length = inputs_embeds.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def packed_document_ids(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Number the documents of each row: a new one starts where a position does not follow on the one before it.
+
+    Padding (`attention_mask == 0`) is stepped over: positions on both of its sides may follow on each other.
+
+    Args:
+        position_ids: `(batch, sequence)`.
+        attention_mask: `(batch, sequence)`, 1 for real tokens.
+
+    Returns:
+        `(batch, sequence)`, counting from 0 in each row.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    last_real = torch.where(real, index, -1).cummax(dim=-1).values
+    previous = nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    follows = position_ids == position_ids.gather(1, previous.clamp(min=0)) + 1
+    return (real & (previous >= 0) & ~follows).long().cumsum(dim=-1)
+
+
+def varlen_arguments(document_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict:
+    """
+    What FlashAttention's variable-length kernels need to keep documents (and padding) apart: the cumulative lengths
+    of all runs of the flattened batch.
+    """
+    runs = document_ids if attention_mask is None else document_ids * 2 + attention_mask.long()
+    starts = torch.ones_like(runs, dtype=torch.bool)
+    starts[:, 1:] = runs[:, 1:] != runs[:, :-1]
+    starts = starts.flatten().nonzero().flatten()
+    lengths = nn.functional.pad(starts, (0, 1), value=runs.numel()).to(torch.int32)
+    longest = int(lengths.diff().max())
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
+
+
+def with_lengths_kept(cache: Cache) -> Cache:
+    """
+    The cache to make a mask from that FlexAttention evaluates later: by then a static cache has counted the new tokens
+    in place, and the mask would let them see too much. The tensors of keys and values are shared.
+    """
+    cache = copy(cache)
+    cache.layers = [copy(layer) for layer in cache.layers]
+    for layer in cache.layers:
+        if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+            layer.cumulative_length = layer.cumulative_length.clone()
+    return cache
+
+
+def rotate_half(x: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Turn each pair `(a, b)` of the last dimension into `(-b, a)`; pairs are halves apart, or neighbours."""
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rotate the leading dimensions of each head by its position's angles; the others pass through.
+
+    Args:
+        q, k: `(batch, heads, sequence, head_dim)`.
+        cos, sin: `(batch, sequence, rotated dims)`.
+    """
+    cos, sin = cos.unsqueeze(1).to(q.dtype), sin.unsqueeze(1).to(q.dtype)
+    rotated = cos.shape[-1]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        turning = x[..., :rotated]
+        turned = turning * cos + rotate_half(turning, interleaved) * sin
+        return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
+    """`(batch, kv_heads, sequence, head_dim)` -> `(batch, kv_heads * repeats, sequence, head_dim)`."""
+    return hidden_states if repeats == 1 else hidden_states.repeat_interleave(repeats, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `softmax(scaling Q K^T + mask) V` (arXiv:1706.03762) written out. The softmax of 16-bit scores adds up in float32.
+
+    Args:
+        query: `(batch, heads, queries, head_dim)`; key, value: `(batch, kv_heads, keys, head_dim)`.
+        attention_mask: added to the scores, broadcastable to `(batch, heads, queries, keys)`.
+
+    Returns:
+        The output `(batch, queries, heads, head_dim)` and the weights `(batch, heads, queries, keys)`.
+    """
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -157,4 +366,12 @@ def linear_cross_entropy(
     return total / num_items_in_batch
 
 
-__all__ = ["linear_cross_entropy", "rms_norm"]
+__all__ = [
+    "apply_rotary_pos_emb",
+    "attention_masks",
+    "check_ids",
+    "default_position_ids",
+    "eager_attention_forward",
+    "linear_cross_entropy",
+    "rms_norm",
+]

@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_lm import HfLmForCausalLM, HfLmModel
-from hf_lm.modeling_hf_lm import HfLmAttention, packed_document_ids
+from hf_lm.functional_hf_lm import packed_document_ids
+from hf_lm.modeling_hf_lm import HfLmAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_compile flag:DeprecationWarning", "ignore:flex_attention called")
 EXACT = {"rtol": 1e-4, "atol": 2e-5}
