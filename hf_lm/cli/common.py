@@ -2,8 +2,10 @@
 
 import json
 import os
+from pathlib import Path
 
 from ..errors import InputError
+from ..hub.files import outside_paths
 
 
 def require_model(path: str) -> str:
@@ -11,7 +13,7 @@ def require_model(path: str) -> str:
     The path or Hub id of a model, checked as far as that is possible without loading it.
 
     Raises:
-        InputError: the folder does not exist, or holds no config or no weights.
+        InputError: the folder does not exist, holds no config or no weights, or names files outside of itself.
     """
     if not os.path.isdir(path):
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path)
@@ -23,7 +25,19 @@ def require_model(path: str) -> str:
         raise InputError(f"{path}: not a model folder, it has no config.json.")
     if not any(name.endswith((".safetensors", ".safetensors.index.json", ".gguf")) for name in names):
         raise InputError(f"{path}: the model folder has no weights (model.safetensors).")
+    if outside := outside_paths(Path(path)):
+        raise InputError(f"{path}: the model folder names files outside of itself: {'; '.join(outside)}.")
     return path
+
+
+def unavailable(path: str, what: str, error: Exception) -> InputError:
+    """The error to raise when `what` of a model cannot be loaded; of one that was never downloaded, with the way out."""
+    if not os.path.isdir(path) and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return InputError(
+            f"{path}: {what} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub. Run `hf download {path}` "
+            "without it once."
+        )
+    return InputError(f"{path}: no {what} can be loaded: {error}")
 
 
 def load_model(path: str, **kwargs):
@@ -42,7 +56,7 @@ def load_model(path: str, **kwargs):
     try:
         return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be loaded as a causal language model: {error}") from error
+        raise unavailable(path, "causal language model", error) from error
 
 
 def load_tokenizer(path: str):
@@ -57,4 +71,4 @@ def load_tokenizer(path: str):
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: no tokenizer can be loaded from it: {error}") from error
+        raise unavailable(path, "tokenizer", error) from error

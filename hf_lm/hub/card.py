@@ -338,6 +338,8 @@ def build_card(
     chat = (folder / "chat_template.jinja").exists()
     auto_class, lines = USAGE["chat" if chat else metadata.pipeline_tag or "feature-extraction"]
     remote_code = "auto_map" in artifacts["config"]
+    # The tokenizer is none of ours, but the library asks before it looks at the config.
+    trust = ", trust_remote_code=True" if remote_code else ""
     measured = {**metrics, **counts, "parameters": parameters, **compute_facts(metrics, parameters)}
     return ModelCard.from_template(
         metadata,
@@ -345,8 +347,8 @@ def build_card(
         name=name,
         usage=f"from transformers import {auto_class}, AutoTokenizer\n\n"
         f'model_id = "{name}"  # or the path of this folder\n'
-        "tokenizer = AutoTokenizer.from_pretrained(model_id)\n"
-        f"model = {auto_class}.from_pretrained(model_id{', trust_remote_code=True' if remote_code else ''})\n{lines}",
+        f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})\n"
+        f"model = {auto_class}.from_pretrained(model_id{trust})\n{lines}",
         remote_code=remote_code,
         has_chat_template=chat,
         has_loss_curve=(folder / "loss_curve.png").exists(),

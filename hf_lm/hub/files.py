@@ -5,8 +5,6 @@ import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from transformers.dynamic_module_utils import get_relative_imports
-
 # Suffixes of files that Python may unpickle: reading them can run code. (`*.bin` and `*.pt` are pickles by custom.)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
 # Of a training run, not of the model: never pushed. Folders first.
@@ -55,6 +53,8 @@ def outside_paths(folder: Path) -> list[str]:
 
 def missing_code(folder: Path, auto_map: dict) -> list[str]:
     """What `trust_remote_code=True` would look for in vain: Auto classes without an entry, files that are not there."""
+    from transformers.dynamic_module_utils import get_relative_imports
+
     missing = [f"auto_map.{name}" for name in AUTO_CLASSES + HEADS if name not in auto_map]
     wanted = [
         f"{str(value).split('--')[-1].split('.')[0]}.py" for value in auto_map.values() if "--" not in str(value)

@@ -38,7 +38,6 @@ ids = torch.arange(65, 75)[None]
 
 def load(auto_class: str, folder: str):
     torch.manual_seed(0)  # of a head that the checkpoint lacks
-    # Positional arguments of the trust option would be deprecated; None would ask on the terminal.
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=mode != "--with-hf-lm")
     result["modules"].append(type(model).__module__)
     return model.eval()
@@ -60,7 +59,7 @@ def code_of(folder: str) -> list[str]:
 
 
 config = AutoConfig.from_pretrained(model_id, trust_remote_code=mode != "--with-hf-lm")
-tokenizer = AutoTokenizer.from_pretrained(model_id)
+tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=mode != "--with-hf-lm")
 for head in HEADS:
     model = load(head, model_id)
     result["outputs"][head] = outputs_of(model)
