@@ -52,7 +52,9 @@ def load_model(path: str, **kwargs):
 
     hf_lm.register_auto_classes()
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except (OSError, json.JSONDecodeError) as error:

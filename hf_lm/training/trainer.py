@@ -12,6 +12,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
 
+from ..data.packing import IGNORED
+from ..evaluation.text import token_log_probabilities
 from .arguments import HfLmTrainingArguments
 from .checkpoints import ASIDE, seal
 from .optimizers import MuonAdamW
@@ -19,24 +21,6 @@ from .optimizers import MuonAdamW
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite: the run stops before the optimizer spoils the weights."""
-
-
-@torch.no_grad()
-def negative_log_likelihood(model: nn.Module, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The summed negative log-likelihood of each row, in nats, and the number of tokens it is over.
-
-    Args:
-        inputs: `input_ids`, `labels` `(batch, sequence)` and what else the model takes.
-
-    Returns:
-        Two tensors of shape `(batch,)`, float32 and int64.
-    """
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")[:, 1:]
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return losses.sum(dim=1), (labels != -100).sum(dim=1)
 
 
 class HfLmTrainer(Trainer):
@@ -141,8 +125,9 @@ class HfLmTrainer(Trainer):
         if self.compute_metrics != self._language_modeling_metrics:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with self.compute_loss_context_manager():
-            nats, tokens = negative_log_likelihood(model, self._prepare_inputs(inputs))
-        return None, nats, tokens
+            inputs = self._prepare_inputs(inputs)
+            nats = -token_log_probabilities(model, **inputs).sum(dim=1)
+        return None, nats, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1)
 
     def _language_modeling_metrics(self, rows: EvalPrediction) -> dict[str, float]:
         nats, tokens = float(rows.predictions.sum(dtype="float64")), int(rows.label_ids.sum())

@@ -1,0 +1,62 @@
+"""Continue a prompt; the text appears as it is made."""
+
+import argparse
+import json
+import sys
+
+from ..errors import InputError
+from .common import load_model, load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    parser.add_argument("--prompt", default="", help="what to continue; empty: the start of a text")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="length at most (200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability that is sampled from (0.95)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--json", action="store_true", help="print prompt, text and number of tokens as JSON")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    if arguments.temperature < 0:
+        raise InputError(f"--temperature: must be 0 or more, got {arguments.temperature}.")
+    if not 0 < arguments.top_p <= 1:
+        raise InputError(f"--top-p: must be more than 0 and at most 1, got {arguments.top_p}.")
+    if arguments.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens: must be at least 1, got {arguments.max_new_tokens}.")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check(arguments)
+    import torch
+    from transformers import TextStreamer
+
+    from ..evaluation.text import context_prefix
+
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    ids = tokenizer(arguments.prompt)["input_ids"] or context_prefix(tokenizer)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and len(ids) >= limit:
+        raise InputError(f"--prompt: has {len(ids)} tokens; the model takes {limit}, the new ones included.")
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+    room = arguments.max_new_tokens if limit is None else min(arguments.max_new_tokens, limit - len(ids))
+    if room < arguments.max_new_tokens:
+        print(f"The model takes {limit} tokens: {room} new ones at most.", file=sys.stderr)
+    input_ids = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=room,
+        streamer=None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+    if arguments.json:
+        text = tokenizer.decode(output[0], skip_special_tokens=True)
+        new_tokens = output.shape[1] - len(ids)
+        print(json.dumps({"prompt": arguments.prompt, "text": text, "new_tokens": new_tokens}, ensure_ascii=False))
+    return 0

@@ -1,0 +1,107 @@
+"""generate, evaluate, score: what a person types after training."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.cli import main
+from hf_lm.tokenization import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, moby_dick) -> str:
+    """A small model with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
+    torch.manual_seed(0)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = HfLmConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2,
+        zero_init_residual=False, max_position_embeddings=64, **special,
+    )  # fmt: skip
+    model = HfLmForCausalLM(config)
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def output_of(capsys, *words: str) -> str:
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_with_a_seed_repeats_itself(folder, capsys):
+    words = ["generate", folder, "--prompt", "Call me", "--max-new-tokens", "12", "--seed", "3"]
+    first = output_of(capsys, *words)
+    assert first.startswith("Call me")
+    assert first == output_of(capsys, *words)
+    assert first != output_of(capsys, *words[:-1], "4")
+    result = json.loads(output_of(capsys, *words, "--json"))
+    assert result["text"] == first.rstrip("\n") or result["text"].strip() == first.strip()
+    assert 1 <= result["new_tokens"] <= 12
+
+
+def test_generate_without_temperature_is_greedy_and_starts_from_nothing(folder, capsys):
+    words = ["generate", folder, "--temperature", "0", "--max-new-tokens", "5", "--json"]
+    first, second = (json.loads(output_of(capsys, *words)) for _ in range(2))
+    assert first == second and first["prompt"] == ""
+
+
+def test_generation_ends_where_the_model_ends(folder, capsys):
+    assert main(["generate", folder, "--max-new-tokens", "500", "--json", "--seed", "0"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["new_tokens"] <= 63
+    assert "63 new ones at most" in captured.err
+
+
+def test_evaluate_scores_what_a_run_holds_out(folder, tmp_path, moby_dick, capsys):
+    (tmp_path / "book.txt").write_text(moby_dick[:5000], encoding="utf-8")
+    words = ["evaluate", folder, "--data", str(tmp_path / "book.txt"), "--json"]
+    whole = json.loads(output_of(capsys, *words))
+    assert whole["bytes"] == len(moby_dick[:5000].encode())
+    tenth = json.loads(output_of(capsys, *words, "--last-percent", "10", "--batch-size", "1"))
+    assert tenth["bytes"] == len(moby_dick[4500:5000].encode())
+    assert tenth["bits_per_byte_low"] < tenth["bits_per_byte"] < tenth["bits_per_byte_high"]
+    assert "bits per byte" in output_of(capsys, *words[:-1])
+
+
+def test_score_prints_sentences_and_tokens(folder, capsys):
+    scores = json.loads(output_of(capsys, "score", folder, "Call me.", "me Call.", "--json"))
+    assert [score["sentence"] for score in scores] == ["Call me.", "me Call."]
+    text = output_of(capsys, "score", folder, "Call me.")
+    assert f"{scores[0]['log_probability']:.3f} nats" in text
+    assert all(repr(token) in text for token in scores[0]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "{}", "--temperature", "-1"], "--temperature.*-1"),
+        (["generate", "{}", "--top-p", "2"], "--top-p.*2"),
+        (["generate", "{}", "--max-new-tokens", "0"], "--max-new-tokens.*0"),
+        (["generate", "{}", "--prompt", "word " * 100], "--prompt.*64"),
+        (["generate", "./nowhere"], r"\./nowhere: no such model folder"),
+        (["score", "nowhere", "x"], "nowhere: no such model folder"),
+        (["score", "{}", ""], "no tokens"),
+        (["evaluate", "{}", "--data", "nowhere.txt"], r"nowhere\.txt does not exist"),
+        (["evaluate", "{}", "--data", __file__.replace("test_use.py", ""), "--batch-size", "0"], "--batch-size.*0"),
+    ],
+)
+def test_mistakes_are_one_line_with_exit_code_2(folder, capsys, words, message):
+    assert main([word.format(folder) for word in words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(message, error) and "\n" not in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_folder_without_weights_or_config_is_named(tmp_path, folder, capsys):
+    assert main(["score", str(tmp_path), "x"]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    shutil.copy(f"{folder}/config.json", tmp_path)
+    assert main(["score", str(tmp_path), "x"]) == 2
+    assert "has no weights" in capsys.readouterr().err
