@@ -229,7 +229,7 @@ def test_every_push_of_the_trainer_is_complete_and_free_of_its_pickles(hub, requ
     )
     repository = hub.repositories["owner/m"]
     pushes = [c for c in repository.commits.values() if "model.safetensors" in c.tree]
-    assert len(pushes) > 2
+    assert len(pushes) >= 2  # the one after training, and one or more before (in the background)
     for commit in pushes:
         assert {"modeling_hf_lm.py", "configuration_hf_lm.py", "config.json", "tokenizer.json"} <= set(commit.tree)
         assert not any(path.endswith("training_args.bin") for path in commit.tree)
