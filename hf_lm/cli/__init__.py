@@ -51,6 +51,7 @@ def one_line(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a command has one progress bar: its own
     named = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
     options = build_parser().parse_args(argv[: named + 1])
     module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)
