@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
@@ -215,6 +216,8 @@ def train(
             **{key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
     evaluation = blocks.get("validation")
+    if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
+        evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
     if evaluation is None:
         training_arguments.eval_strategy = "no"
 

@@ -72,6 +72,28 @@ def test_held_out_numbers_do_not_depend_on_the_batch_size(recipe):
     assert first["eval_tokens"] == second["eval_tokens"]
 
 
+def test_a_stream_trains_like_the_same_rows_on_disk(recipe, tmp_path, moby_dick):
+    lines = [moby_dick[start : start + 500] for start in range(0, 60_000, 500)]
+    for name, part in (("train", lines[:100]), ("held_out", lines[100:])):
+        rows = "\n".join(json.dumps({"text": text}) for text in part)
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    files = {"train_file": str(tmp_path / "train.jsonl"), "validation_file": str(tmp_path / "held_out.jsonl")}
+    changes = {**files, "train_sampling_strategy": "sequential", "max_steps": 6}
+    on_disk = run(recipe(**changes, output_dir=str(tmp_path / "disk")))
+    streamed = run(recipe(**changes, streaming=True))
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "run"))
+    assert streamed["bits_per_byte"] == on_disk["bits_per_byte"]
+
+
+def test_best_checkpoint_can_be_what_is_kept(recipe, tmp_path):
+    metrics = run(recipe(save_steps=6, load_best_model_at_end=True, save_total_limit=1))
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.parent == tmp_path / "run" and best.is_dir()
+    assert same(weights(best), weights(tmp_path / "run"))
+    assert math.isclose(metrics["eval_loss"], state["best_metric"], rel_tol=1e-6)
+
+
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"config_overrides": {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "residual_dropout": 0.1}}])  # fmt: skip
 def test_resumed_run_ends_with_the_same_bits(recipe, tmp_path, changes):
