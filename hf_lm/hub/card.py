@@ -138,18 +138,17 @@ def read_json(path: Path) -> dict:
 
 
 def count_parameters(folder: Path) -> dict[str, int]:
-    """Parameters (of tied ones only one is stored) and bytes of the weights, from the headers of the weight files."""
+    """The number of parameters (of tied ones only one is stored), from the headers of the weight files."""
     from safetensors import safe_open
 
-    parameters = embedding = size = 0
+    parameters = embedding = 0
     for path in sorted(folder.glob("*.safetensors")):
-        size += path.stat().st_size
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 count = math.prod(file.get_slice(name).get_shape())
                 parameters += count
                 embedding += count if "embed_tokens" in name or "lm_head" in name else 0
-    return {"parameters": parameters, "embedding_parameters": embedding, "weight_bytes": size} if parameters else {}
+    return {"parameters": parameters, "embedding_parameters": embedding} if parameters else {}
 
 
 def assumed_watts(hardware: str | None) -> int | None:
@@ -196,7 +195,7 @@ def is_hub_id(name: str | None) -> bool:
 
 def base_model_of(metrics: dict, parity: dict) -> dict:
     """`{id, revision, code_revision}` of the checkpoint that this model started from, `{}` if it started from none."""
-    base = metrics.get("base_model") or parity.get("source") or {}
+    base = metrics.get("base_model") or {"id": parity.get("source"), "revision": parity.get("revision")}
     base = {"id": base} if isinstance(base, str) else dict(base)
     if base.get("id") and not is_hub_id(base["id"]):
         base["id"] = Path(base["id"]).name  # where it lay on somebody's disk is nobody's business
@@ -229,14 +228,19 @@ def card_metadata(folder: Path) -> dict:
         return {}
 
 
+def pipeline_tag_of(config: dict) -> str | None:
+    """The Hub's name of what a model is for, from its class; None if that is not known."""
+    architecture = (config.get("architectures") or [""])[0]
+    return next((tag for end, tag in PIPELINE_TAGS.items() if architecture.endswith(end)), None)
+
+
 def build_metadata(artifacts: dict, name: str, license: str | None, text_language: str | None) -> ModelCardData:
     """The YAML part of a card. Licence, language, tags, data and base model of an earlier card are kept."""
     metrics, data, base, earlier = (artifacts[key] for key in ("metrics", "data", "base", "earlier"))
-    architecture = (artifacts["config"].get("architectures") or [""])[0]
-    evaluated_on = artifacts["evaluated_on"]
+    evaluated_on, pipeline_tag = artifacts["evaluated_on"], pipeline_tag_of(artifacts["config"])
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=pipeline_tag or "text-generation",
             dataset_type=evaluated_on,
             dataset_name=evaluated_on,
             dataset_split="validation",
@@ -254,7 +258,7 @@ def build_metadata(artifacts: dict, name: str, license: str | None, text_languag
         language=text_language or metrics.get("language") or data.get("language") or earlier.get("language"),
         license=license or metrics.get("license") or earlier.get("license"),
         library_name="transformers",
-        pipeline_tag=next((tag for end, tag in PIPELINE_TAGS.items() if architecture.endswith(end)), None),
+        pipeline_tag=pipeline_tag,
         tags=sorted({*(earlier.get("tags") or ()), str(artifacts["config"].get("model_type"))}),
         datasets=[data["dataset_name"]] if is_hub_id(data.get("dataset_name")) else earlier.get("datasets"),
         base_model=base["id"] if is_hub_id(base.get("id")) else earlier.get("base_model"),
@@ -285,6 +289,7 @@ def read_artifacts(folder: Path) -> dict:
     if config.get("model_type") == HfLmConfig.model_type:  # the file leaves defaults out
         config = HfLmConfig.from_dict(config).to_dict()
     metrics, parity = read_json(folder / "metrics.json"), read_json(folder / "parity.json")
+    base = base_model_of(metrics, parity)
     data = {
         key: Path(value).name if value and key.endswith("_file") else value
         for key, value in (metrics.get("data") or {}).items()
@@ -293,11 +298,11 @@ def read_artifacts(folder: Path) -> dict:
     return {
         "config": config,
         "metrics": metrics,
-        "parity": parity,
+        "parity": parity | ({"source": base["id"]} if parity else {}),
         "data": data,
         "data_name": data_name,
         "evaluated_on": str(data.get("validation_file") or data_name or "text"),
-        "base": base_model_of(metrics, parity),
+        "base": base,
         "results": results_of(metrics),
         "earlier": card_metadata(folder),
         "counts": count_parameters(folder),
@@ -331,7 +336,7 @@ def build_card(
     if language not in NOT_MEASURED:
         raise InputError(f"language must be one of {', '.join(NOT_MEASURED)}, got {language!r}.")
     artifacts = read_artifacts(folder)
-    metrics, counts, results = artifacts["metrics"], artifacts["counts"], artifacts["results"]
+    metrics, counts = artifacts["metrics"], artifacts["counts"]
     name = name or metrics.get("model_name") or folder.resolve().name
     metadata = build_metadata(artifacts, name, license, text_language)
     parameters = counts.get("parameters", metrics.get("parameters"))
@@ -346,7 +351,7 @@ def build_card(
         template_path=str(Path(__file__).with_name(f"card_template.{language}.md")),
         name=name,
         usage=f"from transformers import {auto_class}, AutoTokenizer\n\n"
-        f'model_id = "{name}"  # or the path of this folder\n'
+        f"model_id = {json.dumps(name)}  # or the path of this folder\n"
         f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})\n"
         f"model = {auto_class}.from_pretrained(model_id{trust})\n{lines}",
         remote_code=remote_code,
@@ -362,12 +367,8 @@ def build_card(
         data_name=shown(artifacts["data_name"]) or NOT_RECORDED[language],
         evaluated_on=artifacts["evaluated_on"],
         results=[
-            {
-                "name": row["name"],
-                "value": shown(row["value"]),
-                "interval": " – ".join(map(shown, row["interval"] or ())),
-            }
-            for row in results
+            row | {"value": shown(row["value"]), "interval": " – ".join(map(shown, row["interval"] or ()))}
+            for row in artifacts["results"]
         ],
         text_language=metadata.language,
         citation=f"@misc{{{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')},\n"

@@ -1,7 +1,8 @@
 """
 The doctor: does a model folder, ours or not, keep the promises that users trip over?
 
-Each check is a function that returns what is wrong, or None. The promises are those of `tests/contract`.
+Each check is a function that returns what is wrong, or None. The promises are those of `tests/contract`. A model with
+another head than a language model's is checked for what concerns it.
 """
 
 import os
@@ -12,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
+from .card import USAGE, pipeline_tag_of
 from .files import missing_code, outside_paths, pickles, read_json
 
 TOLERANCE = 1e-3  # largest difference of two ways to the same float32 logits, relative to the largest logit
@@ -43,8 +46,12 @@ class Patient:
     trust_remote_code: bool = False
     config: dict = field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        return pipeline_tag_of(self.config) or "text-generation"
+
     def load(self, folder: Path):
-        return AutoModelForCausalLM.from_pretrained(
+        return getattr(transformers, USAGE[self.task][0]).from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -227,11 +234,8 @@ def loss_is_accumulation_invariant(patient: Patient) -> str | None:
         return patient.model(input_ids=patient.ids[rows], labels=labels[rows], num_items_in_batch=count).loss
 
     whole, parts = loss(slice(0, 2)), loss(slice(0, 1)) + loss(slice(1, 2))
-    return (
-        None
-        if torch.allclose(whole, parts, rtol=1e-4)
-        else f"{parts.item():.4f} in two steps, {whole.item():.4f} in one"
-    )
+    same = torch.allclose(whole, parts, rtol=1e-4)
+    return None if same else f"{parts.item():.4f} in two steps, {whole.item():.4f} in one"
 
 
 # (what is promised, how it is checked, how to mend it)
@@ -250,13 +254,21 @@ CHECKS: tuple[tuple[str, Callable[[Patient], str | None], str], ...] = (
     ("packed documents are isolated", packed_documents_are_isolated, "pack with use_cache=False and without a mask, or hf-lm import it"),
     ("loss does not depend on accumulation", loss_is_accumulation_invariant, "use gradient_accumulation_steps=1"),
 )  # fmt: skip
+FOR_ANY_HEAD = (
+    paths_stay_inside,
+    no_pickles,
+    weights_are_finite,
+    loads_by_auto_class,
+    code_is_complete,
+    tokenizer_fits,
+)
 
 
 def examine(
     model_dir: str | os.PathLike, trust_remote_code: bool = False, skip: tuple[str, ...] = ()
 ) -> list[Finding]:
     """
-    Check a causal language model's folder.
+    Check a model's folder.
 
     Args:
         trust_remote_code: run the Python files of the folder, if its architecture is neither the library's nor ours.
@@ -274,7 +286,7 @@ def examine(
         raise InputError(f"{folder}: not a model folder, it has no config.json that can be read.")
     patient, findings = Patient(folder, trust_remote_code, config), []
     for name, check, mend in CHECKS:
-        if name in skip:
+        if name in skip or (patient.task != "text-generation" and check not in FOR_ANY_HEAD):
             continue
         try:
             problem = check(patient)

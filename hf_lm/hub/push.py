@@ -16,7 +16,7 @@ from .card import missing_from_card
 from .doctor import examine
 from .files import PICKLES, model_files, secrets_in
 
-REQUIRED = ("config.json", "generation_config.json", "tokenizer_config.json", "README.md")
+REQUIRED = ("config.json", "tokenizer_config.json", "README.md")  # and what the doctor asks of a language model
 
 
 class PushFailed(RuntimeError):

@@ -108,6 +108,19 @@ def test_the_base_model_is_named_with_its_pinned_revisions(model_folder):
     assert "started from base" in body_of(path) and "/home" not in path.read_text()
 
 
+def test_what_an_import_compared_is_in_the_card(model_folder):
+    (model_folder / "metrics.json").unlink()
+    parity = {
+        "source": "/home/somebody/llama",
+        "family": "llama",
+        "max_logit_difference": 1.5e-6,
+        "top1_agreement": 1.0,
+    }
+    (model_folder / "parity.json").write_text(json.dumps(parity))
+    body = body_of(write_card(model_folder))
+    assert "started from llama" in body and "| max_logit_difference | 1.5e-06 |" in body and "/home" not in body
+
+
 @pytest.mark.parametrize("content", ['{"bits_per_byte": NaN}', '{"perplexity": "great"}', "[]", "{"])
 def test_broken_artifacts_are_refused_and_the_old_card_stays(model_folder, content, capsys):
     before = (model_folder / "README.md").read_bytes()

@@ -103,7 +103,7 @@ def test_a_folder_that_is_not_ready_is_not_pushed(model_folder, capsys):
     with pytest.raises(InputError) as error:
         plan_push(model_folder)
     for part in (
-        "generation_config.json is missing",
+        "no generation_config.json",
         "no license",
         "bits_per_byte is not what",
         "notes.txt holds a secret",
