@@ -22,9 +22,6 @@ HARNESS = Path(__file__).parent / "harness"
 REPOSITORY = Path(__file__).parents[2]
 # SHA-256 of transformers-VERSION.tar.gz on the package index.
 SOURCE_SHA256 = {
-    "5.20.0": "d82335f354755ff4dc557fa4080472192d2f19349d59b97e05ab981f4177c679",
-    "5.21.0": "43c971a3eb9ab68dc9dfff430f8ab8a0fba09af2f68b608fd70c6245d2ddb8e7",
-    "5.22.0": "f2864f282383820089b21d104d55cb72118b8594f053c2cbeb58d0740f9ff662",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
 }
 STAND_INS = {
