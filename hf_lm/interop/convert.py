@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
 from ..modeling_hf_lm import HfLmForCausalLM
-from .families import choose_family
+from .families import choose_family, read_config
 from .parity import compare, rounded
 from .weights import native_state_dict, source_config
 
@@ -141,10 +141,8 @@ def import_checkpoint(
     folder, gguf = split_source(source)
     with staged(destination) as staging:
         try:
-            family = source_config(folder, **gguf)[0].get("model_type")
-            HfLmConfig.from_pretrained(
-                folder, **gguf
-            )  # refuses what the decoder does not have, before anything is read
+            config_dict, _ = source_config(folder, **gguf)
+            read_config(config_dict, source)  # refuses what the decoder does not have, before anything else is read
             tokenizer = load_tokenizer(folder, **gguf)
             loaded = HfLmForCausalLM.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=allow_missing,
@@ -157,7 +155,11 @@ def import_checkpoint(
         save(staging, model, tokenizer)
         saved_dtype = model.dtype
         del model, loaded
-        report = {"source": source, "family": family, "dtype": str(saved_dtype).removeprefix("torch.")}
+        report = {
+            "source": source,
+            "family": config_dict.get("model_type"),
+            "dtype": str(saved_dtype).removeprefix("torch."),
+        }
         random = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
         if random:
             return write_report(staging, report | {"random_weights": random})

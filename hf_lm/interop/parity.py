@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LARGEST_DIFFERENCE = 1e-3
-LONGEST = 512  # tokens: enough to meet every position that differs, little enough for a few seconds
+LONGEST = 256  # tokens: enough to meet every kind of position, little enough for a few seconds
 
 
 def default_text() -> str:

@@ -227,22 +227,25 @@ def _get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
 def _from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
     name = pretrained_model_name_or_path
     kwargs.setdefault("use_safetensors", True)  # pickled weights only for who asks for them
-    family = _source_family(name, kwargs)
     load = PreTrainedModel.from_pretrained.__func__
-    tokens = _loading.set(family), _reporting.set(bool(kwargs.get("output_loading_info")))
-    try:
-        if family is None or not kwargs.get("gguf_file"):
-            if name is not None and os.path.isdir(name):
-                check_index(os.path.join(name, kwargs.get("subfolder") or ""))
-            return load(cls, name, *args, **kwargs)
+    if kwargs.get("gguf_file"):
         # The library maps a GGUF file's names by the model's own type, and such a model cannot be saved: let it build
         # the family's model, whose tensors become ours without a copy.
         shared = {key: kwargs.pop(key) for key in (*CONFIG_ARGUMENTS, "dtype", "device_map") if key in kwargs}
         native = AutoModelForCausalLM.from_pretrained(name, **shared)
-        config = kwargs.pop("config", None) or HfLmConfig.from_pretrained(name, **shared)
+        config_dict = native.config.to_dict()
+        config_dict.pop("quantization_config", None)
+        family = family_of(config_dict, str(name))
+        config = kwargs.pop("config", None) or HfLmConfig(**read_config(config_dict, str(name)))
         config.update({key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)})
-        state_dict = native.state_dict()
-        return load(cls, None, *args, config=config, state_dict=state_dict, dtype=native.dtype, **kwargs)
+        name, kwargs = None, kwargs | {"config": config, "state_dict": native.state_dict(), "dtype": native.dtype}
+    else:
+        family = _source_family(name, kwargs)
+        if name is not None and os.path.isdir(name):
+            check_index(os.path.join(name, kwargs.get("subfolder") or ""))
+    tokens = _loading.set(family), _reporting.set(bool(kwargs.get("output_loading_info")))
+    try:
+        return load(cls, name, *args, **kwargs)
     finally:
         _loading.reset(tokens[0])
         _reporting.reset(tokens[1])
