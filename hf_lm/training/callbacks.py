@@ -26,6 +26,12 @@ class HfLmProgressCallback(ProgressCallback):
             self.training_bar.mininterval = 10.0  # a log file wants a line now and then
         self.started, self.tokens_before = time.perf_counter(), self.trainer.train_tokens
 
+    def close(self) -> None:
+        """End the bar's line, also where an error ended the run."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         """Evaluation is a small part of a run: no bar of its own."""
 

@@ -230,10 +230,10 @@ def train(
         data_collator=PackedCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    interrupt = InterruptCallback()
+    progress, interrupt = HfLmProgressCallback(trainer), InterruptCallback()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    for callback in (HfLmProgressCallback(trainer), SampleCallback(trainer, tokenizer), interrupt):
+    for callback in (progress, SampleCallback(trainer, tokenizer), interrupt):
         trainer.add_callback(callback)
 
     if trainer.is_world_process_zero():
@@ -247,7 +247,10 @@ def train(
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            progress.close()
     trainer.train_seconds = time.perf_counter() - training_start
     if interrupt.signal is not None:
         raise Interrupted(interrupt.signal, newest_valid(folder))
