@@ -427,4 +427,4 @@ def missing_from_card(model_dir: str | os.PathLike) -> list[str]:
     for row in results_of(read_json(folder / "metrics.json")):
         if (row["key"], row["value"]) not in stated:
             missing.append(f"{row['key']} is not what metrics.json holds ({row['value']})")
-    return [f"{gap}; write it with hf-lm card" for gap in missing]
+    return [f"{gap}; write it with hf-lm card (--license, --text-language)" for gap in missing]
