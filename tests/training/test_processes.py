@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,15 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+}
+
+
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick, launcher):
     # ragged documents: blocks differ in how many tokens they predict
     rows = [moby_dick[start : start + 40 + start % 300] for start in range(0, 50_000, 400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")
@@ -31,9 +39,9 @@ def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick):
     }
     path = recipe(**changes)
     single = [sys.executable, "-m", "hf_lm", "train", path, "--output_dir", str(tmp_path / "one")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hf_lm", "train", path]
-    torchrun += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
-    for command in (single, torchrun):
+    double = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "hf_lm", "train", path]
+    double += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    for command in (single, double):
         result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
         assert result.returncode == 0, result.stderr[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -46,6 +54,18 @@ def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick):
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_trackio_keeps_the_losses_by_choice(recipe, tmp_path):
+    environment = {**ENVIRONMENT, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    command = [sys.executable, "-m", "hf_lm", "train", recipe(), "--report_to", "trackio"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        logged = [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics")]
+    assert any("eval/bits_per_byte" in row for row in logged)
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_and_one_line(recipe, tmp_path):
