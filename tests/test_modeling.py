@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from contract.harness.tested_configs import TESTED_CONFIGS, tiny_config
+import transformers
+from contract.harness.tested_configs import TESTED_CONFIGS, TINY, tiny_config
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -66,6 +67,28 @@ def test_attention_is_softmax_of_scaled_products(attention):
     cos, sin = model.model.rotary_emb(hidden_states, torch.arange(11)[None])
     torch.testing.assert_close(cos, twice.cos(), rtol=0, atol=1e-6)
     torch.testing.assert_close(sin, twice.sin(), rtol=0, atol=1e-6)
+
+
+SAME_NAMES = {  # families whose weights are called as ours: (their classes, fields of their config, of ours)
+    "llama": ("Llama", {"rms_norm_eps": 1e-6}, {}),
+    "default": ("Qwen3", {"tie_word_embeddings": True}, {"mlp_type": "gated", "hidden_act": "silu"}),
+    "olmo2": ("Olmo2", {"rms_norm_eps": 1e-6}, {"no_rope_layers": None}),
+    "gemma2": ("Gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 8}, {"embedding_multiplier": 32**0.5}),
+}
+
+
+@pytest.mark.parametrize("name", SAME_NAMES)
+def test_same_weights_give_the_numbers_of_the_family(name):
+    """The order of norms, residuals and heads, against implementations that are not ours (all families: interop)."""
+    family, their_fields, our_fields = SAME_NAMES[name]
+    model = build(name, head_dim=8, **our_fields)
+    shared = {field: getattr(model.config, field) for field in TINY if field != "num_labels"}
+    soft_caps = {"attn_logit_softcapping": 10.0, "final_logit_softcapping": 20.0} if name == "gemma2" else {}
+    config = getattr(transformers, f"{family}Config")(**shared, head_dim=8, **their_fields, **soft_caps)
+    theirs = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    theirs.load_state_dict(model.state_dict())
+    ids = draw_ids(2, 17)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""PEFT and TRL take the model as it is."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.tokenization import train_tokenizer
+
+pytestmark = pytest.mark.slow
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {% generation %}{{ m['content'] }}{% endgeneration %}<|eos|>{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(moby_dick):
+    tokenizer = train_tokenizer([moby_dick[:50_000]], 400)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture
+def model(tokenizer, tmp_path):
+    """Saved and loaded, since TRL loads its reference model from where the model came from."""
+    torch.manual_seed(0)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = HfLmConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **special
+    )
+    HfLmForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return HfLmForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def settings(config_class, folder, **keys):
+    return config_class(
+        output_dir=str(folder / "out"), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+        bf16=False, save_strategy="no", logging_steps=1, **keys,
+    )  # fmt: skip
+
+
+def changed(model, before: dict) -> bool:
+    return any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def snapshot(model) -> dict:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_lora_adapts_saves_and_merges(model, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    ids = torch.randint(3, 400, (2, 12))
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
+    adapted.eval()
+    expected = adapted(ids).logits
+    adapted.train()
+    adapted(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(HfLmForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(ids).logits, expected)
+    torch.testing.assert_close(again.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_on_the_assistants_words(model, tokenizer, tmp_path, packing):
+    from trl import SFTConfig, SFTTrainer
+
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Call me Ishmael."}]
+    before = snapshot(model)
+    arguments = settings(SFTConfig, tmp_path, packing=packing, assistant_only_loss=not packing, max_length=64)
+    rows = Dataset.from_list([{"messages": turns}] * 8)
+    trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.train().training_loss > 0
+    assert changed(model, before)
+
+
+def test_dpo_prefers(model, tokenizer, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": "Who are you?", "chosen": " Call me Ishmael.", "rejected": " Nobody."}] * 4
+    before = snapshot(model)
+    trainer = DPOTrainer(
+        model, args=settings(DPOConfig, tmp_path), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    assert trainer.train().training_loss > 0
+    assert changed(model, before)
+
+
+def test_grpo_follows_a_reward(model, tokenizer, tmp_path):
+    from trl import GRPOConfig, GRPOTrainer
+
+    before = snapshot(model)
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **kwargs: [float(text.count("e")) for text in completions],
+        args=settings(GRPOConfig, tmp_path, num_generations=2, max_completion_length=8, learning_rate=1e-2),
+        train_dataset=Dataset.from_list([{"prompt": "The white whale"}] * 4),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert changed(model, before)
