@@ -28,7 +28,7 @@ def watch(event, arguments):
         builtins.left.append(repr(arguments))
 sys.addaudithook(watch)
 """
-PACKAGE = "import hf_lm\nfrom hf_lm.cli.common import load_model, load_tokenizer\n"
+PACKAGE = "import sys\nsys.modules.pop('hf_lm', None)\nimport hf_lm\nfrom hf_lm.cli.common import load_model, load_tokenizer\n"
 
 
 def put(hub, name: str, folder) -> str:
@@ -71,14 +71,14 @@ def test_with_a_warm_cache_everything_works_offline_and_no_request_leaves(
     assert hub.calls == [] and offline_machine("import builtins\nresult = builtins.left") == []
 
 
-def test_with_a_cold_cache_the_error_says_what_to_do(hub, hub_server, tmp_path):
-    client = Client(hub_server.endpoint, tmp_path, None, HF_HUB_OFFLINE="1")
+def test_with_a_cold_cache_the_error_says_what_to_do(hub, offline_machine):
     for load in ("load_model", "load_tokenizer"):
         with pytest.raises(RemoteError, match="InputError: owner/cold: .*not in the cache.*hf download owner/cold"):
-            client(PACKAGE + f"{load}('owner/cold')")
+            offline_machine(PACKAGE + f"{load}('owner/cold')")
     with pytest.raises(RemoteError, match="couldn't connect|offline mode|cached"):
-        client("from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained('owner/cold')")
-    client.close()
+        offline_machine(
+            "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained('owner/cold')"
+        )
     assert hub.calls == []
 
 
