@@ -262,6 +262,26 @@ def test_lengths_given_for_flash_attention_are_passed_on(flash_stand_in):
     assert flash_stand_in[0]["cu_seq_lens_q"] is borders
 
 
+def test_engines_own_attention_gets_its_arguments_and_no_mask():
+    """What inference engines (vLLM, continuous batching) rely on: layer_idx, scaling, window, their kwargs untouched."""
+    calls = []
+
+    def attend(module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs):
+        calls.append((module.layer_idx, attention_mask, scaling, sliding_window, kwargs["attention_instances"]))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    AttentionInterface.register("engine", attend)
+    try:
+        model, instances = build("everything"), object()
+        model.config._attn_implementation = "engine"
+        positions = torch.tensor([[*range(4), *range(5)]])
+        output = model.model(draw_ids(1, 9), position_ids=positions, use_cache=False, attention_instances=instances)
+    finally:
+        AttentionInterface._global_mapping.pop("engine")
+    assert calls == [(0, None, 0.2, 4, instances), (1, None, 0.2, None, instances)]
+    assert output.last_hidden_state.shape == (1, 9, 32)
+
+
 def test_hole_in_the_mask_over_which_positions_go_on_is_one_document():
     mask = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 1, 1, 1, 0, 1]])
     going_on = torch.tensor([[0, 1, 1, 1, 2, 3], [1, 0, 1, 2, 1, 3]])
