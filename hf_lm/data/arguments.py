@@ -26,6 +26,7 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "read the data while training, without a copy on disk"})
     block_size: int = field(default=256, metadata={"help": "tokens the model sees at once"})
+    data_license: str | None = field(default=None, metadata={"help": "licence of the data, for the card"})
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training documents"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many held-out documents"})
 

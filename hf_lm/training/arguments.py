@@ -34,6 +34,9 @@ class ModelArguments:
     )
     tokenizer_kind: str = field(default="bpe", metadata={"help": "a new tokenizer's kind: bpe, byte or char"})
 
+    license: str | None = field(default=None, metadata={"help": "licence of the resulting model, for its card"})
+    language: str | None = field(default=None, metadata={"help": "language of the text, as en or zh, for the card"})
+
     def config_fields(self) -> dict:
         """
         `config_overrides` as a dict.

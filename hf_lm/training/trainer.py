@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
 
 from ..data.packing import IGNORED
-from ..evaluation.text import token_log_probabilities
+from ..evaluation.text import TextScore, token_log_probabilities
 from .arguments import HfLmTrainingArguments
 from .checkpoints import ASIDE, seal
 from .optimizers import MuonAdamW
@@ -34,12 +34,13 @@ class HfLmTrainer(Trainer):
     - a NaN or infinite loss raises `TrainingDiverged` before the optimizer steps.
 
     Args:
-        eval_bytes: UTF-8 bytes of the text that the tokens of `eval_dataset` cover; without it no bits per byte.
+        eval_bytes: UTF-8 bytes of the text that the tokens of each row of `eval_dataset` cover; without them no bits
+            per byte.
     """
 
     args: HfLmTrainingArguments
 
-    def __init__(self, *args, eval_bytes: int | None = None, **kwargs):
+    def __init__(self, *args, eval_bytes: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.compute_metrics is None:
             self.compute_metrics = self._language_modeling_metrics
@@ -130,8 +131,17 @@ class HfLmTrainer(Trainer):
         return None, nats, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1)
 
     def _language_modeling_metrics(self, rows: EvalPrediction) -> dict[str, float]:
-        nats, tokens = float(rows.predictions.sum(dtype="float64")), int(rows.label_ids.sum())
-        metrics = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700.0)), "tokens": tokens}
+        nats, tokens = rows.predictions.astype("float64").tolist(), rows.label_ids.tolist()
+        score = TextScore(nats, tokens, self.eval_bytes or [], list(range(len(nats))))
+        metrics = {"loss": score.loss, "perplexity": score.perplexity, "tokens": sum(tokens)}
         if self.eval_bytes:
-            metrics["bits_per_byte"] = nats / math.log(2) / self.eval_bytes
+            low, high = score.interval()
+            metrics |= {"bits_per_byte": score.bits_per_byte, "bits_per_byte_low": low, "bits_per_byte_high": high}
         return metrics
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Ours, from the measurements, instead of upstream's."""
+        from ..hub import write_card
+
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, name=self.hub_model_id)

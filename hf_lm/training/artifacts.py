@@ -1,0 +1,122 @@
+"""What a finished run leaves: metrics.json, the loss curve, the card, the recipe as it was run."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..data.documents import data_sha256
+from .curve import plot_loss_curve
+from .trainer import HfLmTrainer
+
+RECIPE_FILE = "recipe.yaml"  # what a folder must hold to count as one of our runs
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "hf-lm")
+# Not part of a recipe: what is asked of one run of it, and what the machine decides.
+NOT_IN_RECIPE = {"overwrite", "resume", "allow_changes", "use_cpu", "local_rank"}
+
+
+def recipe_of(*arguments) -> dict:
+    """The keys of these argument dataclasses that differ from their defaults: the recipe that would run the same."""
+    recipe = {}
+    for group in arguments:
+        for field in fields(group):
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            value = getattr(group, field.name)
+            value = getattr(value, "value", value)
+            plain = isinstance(value, str | int | float | bool | list | dict)
+            if plain and value != default and field.init and field.name not in NOT_IN_RECIPE:
+                recipe[field.name] = value
+    return recipe
+
+
+def write_recipe(folder: Path, recipe: dict) -> None:
+    """Keep the recipe in the output folder."""
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+
+def git_revision() -> str | None:
+    """The commit this package was run from, if it was run from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_hardware(device: torch.device) -> str:
+    """The processor or accelerator, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: float) -> dict:
+    """
+    What was run, on what, with what: everything in metrics.json that is not a score.
+
+    Args:
+        seconds: wall-clock time of the whole run, data and evaluation included.
+    """
+    arguments, blocks = trainer.args, trainer.train_dataset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    facts = {
+        "parameters": trainer.model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "train_tokens": trainer.train_tokens,
+        "train_seconds": trainer.train_seconds,
+        "train_tokens_per_second": trainer.train_tokens / max(trainer.train_seconds, 1e-9),
+        "total_seconds": seconds,
+        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "total_flos": trainer.state.total_flos,
+        "seed": arguments.seed,
+        "processes": arguments.world_size,
+        "hardware": describe_hardware(arguments.device),
+        "license": model_arguments.license,
+        "language": model_arguments.language,
+        "git_revision": git_revision(),
+        "data": {
+            "train_file": ", ".join(data_arguments.train_file or []) or None,
+            "validation_file": ", ".join(data_arguments.validation_file or []) or None,
+            "dataset_name": data_arguments.dataset_name,
+            "license": data_arguments.data_license,
+            "sha256": data_sha256(data_arguments),
+            "train_bytes": int(sum(blocks["num_bytes"])) if isinstance(blocks, Dataset) else None,
+            "validation_bytes": None if trainer.eval_bytes is None else int(sum(trainer.eval_bytes)),
+        },
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    if model_arguments.model_name_or_path is not None:
+        facts["base_model"] = {"id": model_arguments.model_name_or_path}
+    if arguments.device.type == "cuda":
+        facts["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return facts
+
+
+def save_run(trainer: HfLmTrainer, metrics: dict) -> None:
+    """Write everything that the finished folder holds, and push it if that is asked for."""
+    from ..hub import write_card
+
+    folder = Path(trainer.args.output_dir)
+    trainer.model.config.use_cache = True
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
+        write_card(folder)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="End of training")
