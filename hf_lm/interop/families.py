@@ -187,6 +187,11 @@ class Family:
     def config_class(self) -> type[PreTrainedConfig]:
         return CONFIG_MAPPING[self.model_type]
 
+    @property
+    def copies_weights(self) -> bool:
+        """Whether some weights have another layout here, not only another name."""
+        return bool(self.conv1d) or any(isinstance(ours, Fused) for ours in self.weights.values())
+
     def _field_pairs(self) -> dict[str, str]:
         return {ours: theirs for ours, theirs in (SHARED | dict(self.fields)).items() if theirs is not None}
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -26,6 +27,7 @@ from transformers.core_model_loading import (
     WeightTransform,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import str_to_torch_dtype
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
@@ -132,6 +134,38 @@ def check_files(files: list[str]) -> None:
         except SafetensorError as error:
             size = os.path.getsize(file)
             raise InputError(f"{file}: {size} bytes that are no complete safetensors file ({error}).") from error
+
+
+class MappedTensor:
+    """
+    One tensor of a safetensors file, mapped into memory by itself: once it is converted, its pages go. (In a mapping of
+    the whole file they would stay beside the converted copies.) Stands in for the slice that `safe_open` gives.
+    """
+
+    def __init__(self, file: str, start: int, dtype: str, shape: list[int], data_offsets: list[int]):
+        self.file, self.dtype, self.shape = file, dtype, shape
+        self.start, self.size = start + data_offsets[0], data_offsets[1] - data_offsets[0]
+
+    def __getitem__(self, index) -> torch.Tensor:
+        if self.size == 0:
+            return torch.empty(self.shape, dtype=str_to_torch_dtype[self.dtype])[index]
+        data = np.memmap(self.file, np.uint8, mode="c", offset=self.start, shape=(self.size,))
+        return torch.from_numpy(data).view(str_to_torch_dtype[self.dtype]).view(self.shape)[index]
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+
+def mapped_tensors(file: str) -> dict[str, MappedTensor]:
+    """All tensors of a safetensors file (its header is the length and then JSON)."""
+    with open(file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return {name: MappedTensor(file, 8 + size, **entry) for name, entry in header.items()}
 
 
 def check_index(folder: str) -> None:
@@ -260,6 +294,8 @@ def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, exp
         load_config = replace(load_config, weight_mapping=[*mapping, *(load_config.weight_mapping or [])])
     if checkpoint_files:
         check_files(checkpoint_files)
+        if family is not None and family.copies_weights:
+            state_dict = {name: tensor for file in checkpoint_files for name, tensor in mapped_tensors(file).items()}
     load = PreTrainedModel._load_pretrained_model
     info, offload_index = load(model, state_dict, checkpoint_files, load_config, expected_keys)
     if family is not None:
