@@ -5,7 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,19 +21,20 @@ from .trainer import HfLmTrainer
 RECIPE_FILE = "recipe.yaml"  # what a folder must hold to count as one of our runs
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "hf-lm")
 # Not part of a recipe: what is asked of one run of it, and what the machine decides.
-NOT_IN_RECIPE = {"overwrite", "resume", "allow_changes", "use_cpu", "local_rank"}
+NOT_IN_RECIPE = {"overwrite", "resume", "allow_changes", "use_cpu", "do_eval"}
 
 
 def recipe_of(*arguments) -> dict:
     """The keys of these argument dataclasses that differ from their defaults: the recipe that would run the same."""
     recipe = {}
     for group in arguments:
+        default = type(group)()
         for field in fields(group):
-            default = field.default_factory() if field.default_factory is not MISSING else field.default
-            value = getattr(group, field.name)
-            value = getattr(value, "value", value)
+            value, usual = (
+                getattr(getattr(of, field.name), "value", getattr(of, field.name)) for of in (group, default)
+            )
             plain = isinstance(value, str | int | float | bool | list | dict)
-            if plain and value != default and field.init and field.name not in NOT_IN_RECIPE:
+            if plain and value != usual and field.init and field.name not in NOT_IN_RECIPE:
                 recipe[field.name] = value
     return recipe
 

@@ -56,6 +56,13 @@ def test_a_run_leaves_everything_in_one_folder(recipe, tmp_path):
     assert [sample["step"] for sample in samples] == [6, 12, 12]
 
 
+def test_the_kept_recipe_runs_the_same(recipe, tmp_path):
+    run(recipe(max_steps=6, output_dir=str(tmp_path / "first")), "--seed", "7")
+    run(str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path / "second"))
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    assert json.loads((tmp_path / "second" / "metrics.json").read_text())["seed"] == 7
+
+
 def test_loss_falls_on_real_text_below_the_letters_entropy(recipe, tmp_path):
     metrics = run(recipe(max_steps=60, eval_strategy="no", save_strategy="no"))
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
