@@ -63,6 +63,23 @@ def test_the_kept_recipe_runs_the_same(recipe, tmp_path):
     assert json.loads((tmp_path / "second" / "metrics.json").read_text())["seed"] == 7
 
 
+def test_training_goes_on_from_a_checkpoint_of_ours_or_of_another_family(recipe, tmp_path):
+    first = run(recipe(max_steps=40, output_dir=str(tmp_path / "first")))
+    second = run(recipe(max_steps=40, model_name_or_path=str(tmp_path / "first"), config_overrides=None))
+    assert second["eval_loss"] < first["eval_loss"]
+    assert second["base_model"] == {"id": str(tmp_path / "first")}
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "llama")
+    metrics = run(recipe(model_name_or_path=str(tmp_path / "llama"), config_overrides=None), "--overwrite")
+    assert metrics["steps"] == 12
+
+
 def test_loss_falls_on_real_text_below_the_letters_entropy(recipe, tmp_path):
     metrics = run(recipe(max_steps=60, eval_strategy="no", save_strategy="no"))
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
