@@ -46,19 +46,22 @@ PLAIN = {
     "embedding_dropout": 0.0,
     "residual_dropout": 0.0,
 }
+
+
+def rows(text: str) -> dict[str, str | None]:
+    """`"a b=c d="` -> our field a is their a, our b is their c, and d they do not have."""
+    pairs = (word.partition("=") for word in text.split())
+    return {ours: (theirs or None) if sign else ours for ours, sign, theirs in pairs}
+
+
 # our field: theirs, where most families have the same name for it
-SHARED = {
-    name: name
-    for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "hidden_act", "tie_word_embeddings", "initializer_range",
-        "attention_dropout", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
-    )
-}  # fmt: skip
-RMS_EPS, LAYER_EPS = {"norm_eps": "rms_norm_eps"}, {"norm_eps": "layer_norm_eps"}
-HEAD_DIM = {"head_dim": "head_dim"}
-BIAS = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"}
-MLP_BIAS = {"mlp_bias": "mlp_bias"}
+SHARED = rows(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings hidden_act tie_word_embeddings initializer_range attention_dropout use_cache "
+    "pad_token_id bos_token_id eos_token_id"
+)
+BIAS = "attention_bias attention_out_bias=attention_bias "
+GEMMA = "norm_eps=rms_norm_eps head_dim hidden_act=hidden_activation final_logit_softcapping "
 LAYERNORM = {"norm_type": "layernorm", "norm_bias": True}
 PLAIN_MLP = {"mlp_type": "plain", "mlp_bias": True}
 ALL_BIASES = {"attention_bias": True, "attention_out_bias": True}
@@ -278,144 +281,144 @@ def _same(one: Any, other: Any) -> bool:
     return one == other
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", RMS_EPS | HEAD_DIM | BIAS | MLP_BIAS)
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        LLAMA,
-        Family("mistral", "MistralForCausalLM", RMS_EPS | HEAD_DIM, rules=(ONE_WINDOW,)),
-        Family("qwen2", "Qwen2ForCausalLM", RMS_EPS, {"attention_bias": True}, (LAYER_TYPES,)),
-        Family("qwen3", "Qwen3ForCausalLM", RMS_EPS | HEAD_DIM | BIAS, {"qk_norm": "head"}, (LAYER_TYPES,)),
-        Family("smollm3", "SmolLM3ForCausalLM", RMS_EPS | BIAS | MLP_BIAS, rules=(LAYER_TYPES, NO_ROPE)),
-        Family("olmo2", "Olmo2ForCausalLM", RMS_EPS | BIAS, {"qk_norm": "full", "norm_position": "post"}),
-        Family(
-            "gemma2",
-            "Gemma2ForCausalLM",
-            RMS_EPS
-            | HEAD_DIM
-            | BIAS
-            | {"hidden_act": "hidden_activation"}
-            | {"attn_logit_softcapping": "attn_logit_softcapping"}
-            | {"final_logit_softcapping": "final_logit_softcapping"},
-            {"norm_offset": True, "norm_position": "sandwich"},
-            (LAYER_TYPES, GEMMA_SCALES),
-            refused=("use_bidirectional_attention",),
+TABLES = (
+    Family("llama", "LlamaForCausalLM", rows(BIAS + "norm_eps=rms_norm_eps head_dim mlp_bias")),
+    Family("mistral", "MistralForCausalLM", rows("norm_eps=rms_norm_eps head_dim"), rules=(ONE_WINDOW,)),
+    Family("qwen2", "Qwen2ForCausalLM", rows("norm_eps=rms_norm_eps"), {"attention_bias": True}, (LAYER_TYPES,)),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        rows(BIAS + "norm_eps=rms_norm_eps head_dim"),
+        {"qk_norm": "head"},
+        (LAYER_TYPES,),
+    ),
+    Family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        rows(BIAS + "norm_eps=rms_norm_eps mlp_bias"),
+        rules=(LAYER_TYPES, NO_ROPE),
+    ),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        rows(BIAS + "norm_eps=rms_norm_eps"),
+        {"qk_norm": "full", "norm_position": "post"},
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        rows(BIAS + GEMMA + "attn_logit_softcapping"),
+        {"norm_offset": True, "norm_position": "sandwich"},
+        (LAYER_TYPES, GEMMA_SCALES),
+        refused=("use_bidirectional_attention",),
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        rows(BIAS + GEMMA),
+        {"norm_offset": True, "norm_position": "sandwich", "qk_norm": "head"},
+        (LAYER_TYPES, GEMMA_SCALES),
+        refused=("use_bidirectional_attention", "attn_logit_softcapping"),
+        nested_rope=True,
+    ),
+    Family(
+        "granite",
+        "GraniteForCausalLM",
+        rows(BIAS + "norm_eps=rms_norm_eps mlp_bias embedding_multiplier residual_multiplier"),
+        rules=(GRANITE_SCALES,),
+    ),
+    Family(
+        "cohere",
+        "CohereForCausalLM",
+        rows(BIAS + "norm_eps=layer_norm_eps logit_scale"),
+        {"norm_type": "layernorm", "parallel_residual": "shared", "rope_interleaved": True},
+        refused=("use_qk_norm",),
+    ),
+    Family(
+        "stablelm",
+        "StableLmForCausalLM",
+        rows("norm_eps=layer_norm_eps attention_bias=use_qkv_bias residual_dropout=hidden_dropout"),
+        LAYERNORM,
+        (parallel("shared"),),
+        refused=("qk_layernorm",),
+        partial_rotary=True,
+    ),
+    Family(
+        "phi",
+        "PhiForCausalLM",
+        rows("norm_eps=layer_norm_eps residual_dropout=resid_pdrop embedding_dropout=embd_pdrop"),
+        LAYERNORM | PLAIN_MLP | ALL_BIASES | {"parallel_residual": "shared", "lm_head_bias": True},
+        refused=("qk_layernorm",),
+        weights={
+            "self_attn.dense": "self_attn.o_proj",
+            "mlp.fc1": "mlp.up_proj",
+            "mlp.fc2": "mlp.down_proj",
+            "model.final_layernorm": "model.norm",
+        },
+        partial_rotary=True,
+    ),
+    Family(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        rows(
+            "norm_eps=norm_epsilon residual_dropout embedding_dropout attention_bias=use_bias "
+            "attention_out_bias=use_bias mlp_bias=use_bias"
         ),
-        Family(
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            RMS_EPS
-            | HEAD_DIM
-            | BIAS
-            | {"hidden_act": "hidden_activation"}
-            | {"final_logit_softcapping": "final_logit_softcapping"},
-            {"norm_offset": True, "norm_position": "sandwich", "qk_norm": "head"},
-            (LAYER_TYPES, GEMMA_SCALES),
-            refused=("use_bidirectional_attention", "attn_logit_softcapping"),
-            nested_rope=True,
+        LAYERNORM | {"mlp_type": "plain"},
+        (ONE_WINDOW,),
+        weights={"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        rows(
+            BIAS + "norm_eps=layer_norm_eps num_key_value_heads= residual_dropout=hidden_dropout "
+            "embedding_dropout=hidden_dropout classifier_dropout"
         ),
-        Family(
-            "granite",
-            "GraniteForCausalLM",
-            RMS_EPS
-            | BIAS
-            | MLP_BIAS
-            | {"embedding_multiplier": "embedding_multiplier", "residual_multiplier": "residual_multiplier"},
-            rules=(GRANITE_SCALES,),
+        LAYERNORM | PLAIN_MLP,
+        (parallel("separate"),),
+        weights={
+            "gpt_neox.layers": "model.layers",
+            "gpt_neox.embed_in": "model.embed_tokens",
+            "gpt_neox.final_layer_norm": "model.norm",
+            "attention.query_key_value": Fused(per_head=True),
+            "attention.dense": "self_attn.o_proj",
+            "mlp.dense_h_to_4h": "mlp.up_proj",
+            "mlp.dense_4h_to_h": "mlp.down_proj",
+        },
+        base_prefix="gpt_neox",
+        load_only={r"^embed_out\.": "lm_head."},
+        partial_rotary=True,
+    ),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        rows(
+            "num_key_value_heads= intermediate_size= norm_eps=layer_norm_epsilon hidden_size=n_embd "
+            "num_hidden_layers=n_layer num_attention_heads=n_head max_position_embeddings=n_positions "
+            "hidden_act=activation_function attention_dropout=attn_pdrop residual_dropout=resid_pdrop "
+            "embedding_dropout=embd_pdrop"
         ),
-        Family(
-            "cohere",
-            "CohereForCausalLM",
-            LAYER_EPS | BIAS | {"logit_scale": "logit_scale"},
-            {"norm_type": "layernorm", "parallel_residual": "shared", "rope_interleaved": True},
-            refused=("use_qk_norm",),
-        ),
-        Family(
-            "stablelm",
-            "StableLmForCausalLM",
-            LAYER_EPS | {"attention_bias": "use_qkv_bias", "residual_dropout": "hidden_dropout"},
-            LAYERNORM,
-            (parallel("shared"),),
-            refused=("qk_layernorm",),
-            partial_rotary=True,
-        ),
-        Family(
-            "phi",
-            "PhiForCausalLM",
-            LAYER_EPS | {"residual_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop"},
-            LAYERNORM | PLAIN_MLP | ALL_BIASES | {"parallel_residual": "shared", "lm_head_bias": True},
-            refused=("qk_layernorm",),
-            weights={
-                "self_attn.dense": "self_attn.o_proj",
-                "mlp.fc1": "mlp.up_proj",
-                "mlp.fc2": "mlp.down_proj",
-                "model.final_layernorm": "model.norm",
-            },
-            partial_rotary=True,
-        ),
-        Family(
-            "starcoder2",
-            "Starcoder2ForCausalLM",
-            {"norm_eps": "norm_epsilon", "residual_dropout": "residual_dropout"}
-            | {"embedding_dropout": "embedding_dropout"}
-            | {"attention_bias": "use_bias", "attention_out_bias": "use_bias", "mlp_bias": "use_bias"},
-            LAYERNORM | {"mlp_type": "plain"},
-            (ONE_WINDOW,),
-            weights={"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
-        ),
-        Family(
-            "gpt_neox",
-            "GPTNeoXForCausalLM",
-            LAYER_EPS
-            | BIAS
-            | {"num_key_value_heads": None, "residual_dropout": "hidden_dropout"}
-            | {"embedding_dropout": "hidden_dropout", "classifier_dropout": "classifier_dropout"},
-            LAYERNORM | PLAIN_MLP,
-            (parallel("separate"),),
-            weights={
-                "gpt_neox.layers": "model.layers",
-                "gpt_neox.embed_in": "model.embed_tokens",
-                "gpt_neox.final_layer_norm": "model.norm",
-                "attention.query_key_value": Fused(per_head=True),
-                "attention.dense": "self_attn.o_proj",
-                "mlp.dense_h_to_4h": "mlp.up_proj",
-                "mlp.dense_4h_to_h": "mlp.down_proj",
-            },
-            base_prefix="gpt_neox",
-            load_only={r"^embed_out\.": "lm_head."},
-            partial_rotary=True,
-        ),
-        Family(
-            "gpt2",
-            "GPT2LMHeadModel",
-            {"num_key_value_heads": None, "intermediate_size": None, "norm_eps": "layer_norm_epsilon"}
-            | {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-            | {"max_position_embeddings": "n_positions", "hidden_act": "activation_function"}
-            | {
-                "attention_dropout": "attn_pdrop",
-                "residual_dropout": "resid_pdrop",
-                "embedding_dropout": "embd_pdrop",
-            },
-            LAYERNORM | PLAIN_MLP | ALL_BIASES | {"position_embedding_type": "learned"},
-            (GPT2_SCALE, GPT2_WIDTH),
-            refused=("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
-            weights={
-                "transformer.h": "model.layers",
-                "transformer.wte": "model.embed_tokens",
-                "transformer.wpe": "model.embed_positions",
-                "transformer.ln_f": "model.norm",
-                "ln_1": "input_layernorm",
-                "ln_2": "post_attention_layernorm",
-                "attn.c_attn": Fused(per_head=False),
-                "attn.c_proj": "self_attn.o_proj",
-                "mlp.c_fc": "mlp.up_proj",
-                "mlp.c_proj": "mlp.down_proj",
-            },
-            conv1d=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-            base_prefix="transformer",
-        ),
-    )
-}
+        LAYERNORM | PLAIN_MLP | ALL_BIASES | {"position_embedding_type": "learned"},
+        (GPT2_SCALE, GPT2_WIDTH),
+        refused=("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+        weights={
+            "transformer.h": "model.layers",
+            "transformer.wte": "model.embed_tokens",
+            "transformer.wpe": "model.embed_positions",
+            "transformer.ln_f": "model.norm",
+            "ln_1": "input_layernorm",
+            "ln_2": "post_attention_layernorm",
+            "attn.c_attn": Fused(per_head=False),
+            "attn.c_proj": "self_attn.o_proj",
+            "mlp.c_fc": "mlp.up_proj",
+            "mlp.c_proj": "mlp.down_proj",
+        },
+        conv1d=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        base_prefix="transformer",
+    ),
+)
+FAMILIES = {family.model_type: family for family in TABLES}
 
 
 def family_of(config_dict: dict[str, Any], source: str) -> Family:
