@@ -42,7 +42,7 @@ def unavailable(path: str, what: str, error: Exception) -> InputError:
 
 def load_model(path: str, **kwargs):
     """
-    The causal language model in a folder or on the Hub, in evaluation mode.
+    The causal language model in a folder or on the Hub, in evaluation mode, on the GPU if there is one.
 
     Raises:
         InputError: see `require_model`; or the files cannot be read as a model.
@@ -51,12 +51,14 @@ def load_model(path: str, **kwargs):
     import hf_lm
 
     hf_lm.register_auto_classes()
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+        return model.to("cuda") if torch.cuda.is_available() else model
     except (OSError, json.JSONDecodeError) as error:
         raise unavailable(path, "causal language model", error) from error
 

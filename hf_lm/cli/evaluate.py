@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a window (what the model was made for)")
     parser.add_argument("--stride", type=int, help="new tokens of each window; fewer give more context (all)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows at once; changes speed only (8)")
+    parser.add_argument("--compare", metavar="OTHER", help="another model on the same text: the paired difference")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -31,19 +32,39 @@ def run(arguments: argparse.Namespace) -> int:
     )
     documents = load_documents(source)
     rows = documents.get("validation", documents["train"])
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    texts = (row["text"] for row in rows)
-    score = score_documents(
-        model, tokenizer, texts, arguments.block_size, arguments.stride, batch_size=arguments.batch_size
-    )
-    result = score.summary()
+
+    def score(path: str):
+        model, tokenizer = load_model(path), load_tokenizer(path)
+        texts = (row["text"] for row in rows)
+        return score_documents(model, tokenizer, texts, arguments.block_size, arguments.stride, arguments.batch_size)
+
+    own = score(arguments.model)
+    result = own.summary() | {"by_document": own.by_document()}
+    if arguments.compare:
+        other = score(arguments.compare)
+        result["compared"] = {"model": arguments.compare, **other.summary(), "minus": own.compared_to(other)}
     if arguments.json:
         print(json.dumps(result))
-    else:
+        return 0
+    print(line(result))
+    if len(result["by_document"]) > 1:
+        for row in result["by_document"][:5]:
+            opening = " ".join(rows[row["document"]]["text"][:200].split())[:60]
+            print(f"{row['bits_per_byte']:8.4f} in document {row['document']} ({row['bytes']:,} bytes): {opening}")
+    if arguments.compare:
+        minus = result["compared"]["minus"]
+        print(line(result["compared"]) + f" ({arguments.compare})")
         print(
-            f"{result['bits_per_byte']:.4f} bits per byte "
-            f"(95%: {result['bits_per_byte_low']:.4f} to {result['bits_per_byte_high']:.4f}), "
-            f"perplexity {result['perplexity']:.2f}, {result['loss']:.4f} nats per token, "
-            f"{result['tokens']:,} tokens, {result['bytes']:,} bytes"
+            f"{minus['difference']:+.4f} bits per byte (95%: {minus['low']:+.4f} to {minus['high']:+.4f}) difference"
         )
     return 0
+
+
+def line(result: dict) -> str:
+    """The main numbers, for a person."""
+    return (
+        f"{result['bits_per_byte']:.4f} bits per byte "
+        f"(95%: {result['bits_per_byte_low']:.4f} to {result['bits_per_byte_high']:.4f}), "
+        f"perplexity {result['perplexity']:.2f}, {result['loss']:.4f} nats per token, "
+        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes"
+    )

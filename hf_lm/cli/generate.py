@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=200, help="length at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability that is sampled from (0.95)")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text (drawn)")
     parser.add_argument("--json", action="store_true", help="print prompt, text and number of tokens as JSON")
 
 
@@ -39,10 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"--prompt: has {len(ids)} tokens; the model takes {limit}, the new ones included.")
-    if arguments.seed is not None:
-        torch.manual_seed(arguments.seed)
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    seed = None
     if arguments.temperature > 0:
+        seed = torch.seed() if arguments.seed is None else arguments.seed
+        torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
     room = arguments.max_new_tokens if limit is None else min(arguments.max_new_tokens, limit - len(ids))
     if room < arguments.max_new_tokens:
@@ -58,5 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         text = tokenizer.decode(output[0], skip_special_tokens=True)
         new_tokens = output.shape[1] - len(ids)
-        print(json.dumps({"prompt": arguments.prompt, "text": text, "new_tokens": new_tokens}, ensure_ascii=False))
+        result = {"prompt": arguments.prompt, "text": text, "new_tokens": new_tokens, "seed": seed}
+        print(json.dumps(result, ensure_ascii=False))
     return 0

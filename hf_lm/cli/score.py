@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import math
 
 from .common import load_model, load_tokenizer
+
+BIT = math.log(2)  # nats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([score.to_dict() for score in scores], ensure_ascii=False))
         return 0
     for score in scores:
-        print(f"{score.log_probability:9.3f} nats  {score.bits_per_byte:.3f} bits per byte  {score.sentence}")
+        nats = score.log_probability
+        print(f"{nats:.3f} nats, {-nats / BIT:.2f} bits, {score.bits_per_byte:.3f} bits per byte: {score.sentence}")
         for token, value in zip(score.tokens, score.token_log_probabilities, strict=True):
-            print(f"{value:9.3f}   {token!r}")
+            print(f"{value:9.3f} nats {-value / BIT:7.2f} bits  {'#' * min(round(-value / BIT), 24):24}  {token!r}")
     return 0

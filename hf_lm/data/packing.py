@@ -9,6 +9,8 @@ their positions start at 0, which is how the model keeps them apart. Every token
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -94,37 +96,48 @@ def encode_documents(
     yield from encoded(batch)
 
 
-def _blocks(documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
-    prefix = np.array(segment_prefix(tokenizer), dtype=np.int32)
+def segments(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, prefix: list[int]
+) -> Iterator[dict]:
+    """
+    Cut texts into the segments that fill blocks of `block_size` tokens one after the other.
+
+    Yields:
+        `input_ids`, `labels`, `position_ids`, each `(segment,)`; `sizes`, the UTF-8 bytes that each predicted token
+        covers; the number of the `block` it lies in and of the `document` it comes from.
+    """
+    prefix = np.array(prefix, dtype=np.int32)
     # Without a prefix nothing predicts a segment's first token; with one, nothing predicts the prefix.
     unpredicted = max(len(prefix), 1)
-    parts: list[dict] = []
-    room = block_size
-
-    def joined() -> dict:
-        block = {key: np.concatenate([part[key] for part in parts]) for key in ("input_ids", "labels", "position_ids")}
-        block["num_bytes"] = int(sum(part["num_bytes"] for part in parts))
-        return block
-
-    for ids, sizes in encode_documents((row["text"] for row in documents), tokenizer):
+    block, room = 0, block_size
+    for document, (ids, sizes) in enumerate(encode_documents(texts, tokenizer)):
         start = 0
         while start < len(ids):
             if room <= unpredicted:  # no room for a token that is predicted
-                yield joined()
-                parts, room = [], block_size
+                block, room = block + 1, block_size
             end = min(len(ids), start + room - len(prefix))
             segment = np.concatenate((prefix, ids[start:end]))
             labels = segment.copy()
             labels[:unpredicted] = IGNORED
-            covered = sizes[start + unpredicted - len(prefix) : end]
-            positions = np.arange(len(segment), dtype=np.int32)
-            parts.append(
-                {"input_ids": segment, "labels": labels, "position_ids": positions, "num_bytes": covered.sum()}
-            )
+            yield {
+                "input_ids": segment,
+                "labels": labels,
+                "position_ids": np.arange(len(segment), dtype=np.int32),
+                "sizes": sizes[start + unpredicted - len(prefix) : end],
+                "block": block,
+                "document": document,
+            }
             room -= len(segment)
             start = end
-    if parts:
-        yield joined()
+
+
+def _blocks(documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
+    texts = (row["text"] for row in documents)
+    parts = segments(texts, tokenizer, block_size, segment_prefix(tokenizer))
+    for _, group in groupby(parts, key=itemgetter("block")):
+        group = list(group)
+        block = {key: np.concatenate([part[key] for part in group]) for key in ("input_ids", "labels", "position_ids")}
+        yield {**block, "num_bytes": int(sum(part["sizes"].sum() for part in group))}
 
 
 def _cache_key(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:

@@ -3,12 +3,12 @@
 import math
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import nn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..data.packing import IGNORED
 from ..errors import InputError
-from .text import context_prefix, token_log_probabilities
+from .text import context_prefix, score_windows
 
 
 @dataclass
@@ -33,6 +33,19 @@ class SentenceScore:
         return asdict(self)
 
 
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """Each token as text, its leading space included; a token that is part of a character as `<0xE6><0x96>`."""
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    texts = []
+    for raw, text in zip(
+        tokenizer.convert_ids_to_tokens(ids), (tokenizer.decode([token]) for token in ids), strict=True
+    ):
+        if "\ufffd" in text:
+            text = "".join(f"<0x{byte_of[letter]:02X}>" for letter in raw) if set(raw) <= set(byte_of) else raw
+        texts.append(" " + text.lstrip(" ") if raw.startswith("\u2581") else text)
+    return texts
+
+
 def score_sentences(model: nn.Module, tokenizer, sentences: list[str], batch_size: int = 8) -> list[SentenceScore]:
     """
     Score sentences, each as the beginning of a text of its own. Scores do not depend on what shares the batch.
@@ -50,23 +63,13 @@ def score_sentences(model: nn.Module, tokenizer, sentences: list[str], batch_siz
         if limit is not None and len(prefix) + len(ids) > limit:
             raise InputError(f"sentence {sentence[:40]!r}... has {len(ids)} tokens; the model takes {limit}.")
         encoded.append(ids)
+    unscored = 0 if prefix else 1
+    windows = [
+        {"input_ids": prefix + ids, "labels": [IGNORED] * (len(prefix) + unscored) + ids[unscored:]} for ids in encoded
+    ]
     results = []
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        longest = len(prefix) + max(map(len, batch))
-        shape = (len(batch), longest)
-        input_ids = torch.full(shape, tokenizer.pad_token_id or 0, dtype=torch.long, device=model.device)
-        labels, mask = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids)
-        for row, ids in enumerate(batch):
-            end = len(prefix) + len(ids)
-            input_ids[row, :end] = torch.tensor(prefix + ids)
-            labels[row, len(prefix) : end] = torch.tensor(ids)
-            mask[row, :end] = 1
-        scores = token_log_probabilities(model, input_ids, labels, attention_mask=mask)
-        for sentence, ids, row in zip(sentences[start:], batch, scores.double(), strict=False):
-            values = row[len(prefix) : len(prefix) + len(ids)].tolist()
-            total = math.fsum(values)
-            tokens = [tokenizer.decode([token]) for token in ids]
-            size = len(sentence.encode())
-            results.append(SentenceScore(sentence, total, -total / math.log(2) / size, tokens, values))
+    for sentence, ids, scores in zip(sentences, encoded, score_windows(model, windows, batch_size), strict=True):
+        total, size = math.fsum(scores), len(sentence.encode())
+        tokens = token_texts(tokenizer, ids[unscored:])
+        results.append(SentenceScore(sentence, total, -total / math.log(2) / size, tokens, scores.tolist()))
     return results

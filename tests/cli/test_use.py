@@ -3,13 +3,15 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
-from hf_lm.cli import main
+from hf_lm.cli import COMMANDS, main
 from hf_lm.tokenization import train_tokenizer
 
 
@@ -53,6 +55,24 @@ def test_generate_without_temperature_is_greedy_and_starts_from_nothing(folder, 
     assert first == second and first["prompt"] == ""
 
 
+def test_a_drawn_seed_is_told_and_can_be_given_again(folder, capsys):
+    words = ["generate", folder, "--max-new-tokens", "12", "--json"]
+    first, second = (json.loads(output_of(capsys, *words)) for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert first == json.loads(output_of(capsys, *words, "--seed", str(first["seed"])))
+
+
+def test_help_answers_before_torch_is_loaded():
+    code = "import sys; from hf_lm.cli import main\ntry: main([sys.argv[1], '--help'])\nfinally: assert 'torch' not in sys.modules"
+    for command in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.argv[0] = 'hf-lm'\n{code}", command],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and "usage: hf-lm" in done.stdout, done.stderr
+
+
 def test_generation_ends_where_the_model_ends(folder, capsys):
     assert main(["generate", folder, "--max-new-tokens", "500", "--json", "--seed", "0"]) == 0
     captured = capsys.readouterr()
@@ -69,6 +89,18 @@ def test_evaluate_scores_what_a_run_holds_out(folder, tmp_path, moby_dick, capsy
     assert tenth["bytes"] == len(moby_dick[4500:5000].encode())
     assert tenth["bits_per_byte_low"] < tenth["bits_per_byte"] < tenth["bits_per_byte_high"]
     assert "bits per byte" in output_of(capsys, *words[:-1])
+
+
+def test_evaluate_compares_two_models_and_names_the_worst_documents(folder, tmp_path, moby_dick, capsys):
+    lines = [json.dumps({"text": text}) for text in (moby_dick[:300], "\N{WHALE}" * 30, moby_dick[400:900])]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = ["evaluate", folder, "--data", str(tmp_path / "texts.jsonl"), "--compare", folder]
+    result = json.loads(output_of(capsys, *words, "--json"))
+    assert result["compared"]["minus"] == {"difference": 0, "low": 0, "high": 0}
+    assert [row["document"] for row in result["by_document"]] != [] and result["documents"] == 3
+    text = output_of(capsys, *words)
+    assert f"in document {result['by_document'][0]['document']} " in text.splitlines()[1]
+    assert "+0.0000 bits per byte" in text
 
 
 def test_score_prints_sentences_and_tokens(folder, capsys):
