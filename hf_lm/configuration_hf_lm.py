@@ -285,12 +285,13 @@ class HfLmConfig(PreTrainedConfig):
         if self.position_embedding_type != "rope":
             return {}
         rope = self.rope_parameters
+        layer_types = sorted(set(self.layer_types))  # all processes must build their buffers in the same order
         if not any(key in ATTENTION_LAYER_TYPES for key in rope):
-            return dict.fromkeys(set(self.layer_types), rope)
-        missing = sorted(layer_type for layer_type in set(self.layer_types) if not rope.get(layer_type))
+            return dict.fromkeys(layer_types, rope)
+        missing = [layer_type for layer_type in layer_types if not rope.get(layer_type)]
         if missing:
             raise ValueError(f"rope_parameters has no entry for {', '.join(missing)}; it has {', '.join(rope)}.")
-        return {layer_type: rope[layer_type] for layer_type in set(self.layer_types)}
+        return {layer_type: rope[layer_type] for layer_type in layer_types}
 
 
 __all__ = ["HfLmConfig"]

@@ -415,6 +415,12 @@ def test_loading_rebuilds_every_buffer(rope_type, tmp_path):
     assert torch.equal(loaded(ids[:, :9]).logits, model(ids[:, :9]).logits)
 
 
+def test_buffers_have_one_order_in_every_process():
+    """DistributedDataParallel copies buffers by their order: a set of names would swap rotary bases between ranks."""
+    names = [name for name, _ in build("everything").named_buffers() if name.endswith(".inv_freq")]
+    assert names == [f"model.rotary_emb.{kind}.inv_freq" for kind in ("full_attention", "sliding_attention")]
+
+
 def test_default_layers_start_as_the_identity():
     torch.manual_seed(0)
     model = HfLmForCausalLM(tiny_config(zero_init_residual=True)).eval()
