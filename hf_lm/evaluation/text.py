@@ -1,7 +1,8 @@
 """Held-out text: loss, perplexity and bits per byte, each token scored exactly once."""
 
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
@@ -47,9 +48,11 @@ def context_prefix(tokenizer) -> list[int]:
     return [] if first is None else [first]
 
 
-def score_windows(model: nn.Module, windows: Iterable[dict], batch_size: int = 8) -> Iterator[np.ndarray]:
+def score_windows(
+    model: nn.Module, windows: Iterable[dict], batch_size: int = 8, measure: Callable = token_log_probabilities
+) -> Iterator[np.ndarray]:
     """
-    The log-probabilities of the labelled tokens of each window, in order.
+    The log-probabilities (or what else `measure` finds) of the labelled tokens of each window, in order.
 
     Windows of like length share a batch, padded on the right and masked, which any model of the library understands;
     what else is in a batch does not change a window's result.
@@ -58,7 +61,7 @@ def score_windows(model: nn.Module, windows: Iterable[dict], batch_size: int = 8
         windows: `input_ids` and `labels`, `(window,)` each, -100 where nothing is scored.
 
     Yields:
-        For each window, float64 nats of shape `(scored tokens,)`.
+        For each window, float64 values of shape `(scored tokens,)`.
     """
     windows = iter(windows)
     while group := list(islice(windows, 32 * batch_size)):
@@ -77,7 +80,7 @@ def score_windows(model: nn.Module, windows: Iterable[dict], batch_size: int = 8
                 mask[row, :length] = 1
             inputs = {"input_ids": input_ids, "labels": labels} | ({} if mask.all() else {"attention_mask": mask})
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            scores = token_log_probabilities(model, **inputs).double().cpu()
+            scores = measure(model, **inputs).double().cpu()
             for row, number in enumerate(batch):
                 results[number] = scores[row][labels[row] != IGNORED].numpy()
         yield from results
@@ -259,3 +262,15 @@ def score_documents(
     if not sum(result.tokens):
         raise InputError("there is no text to score.")
     return result
+
+
+def score_with(model, tokenizer, texts: Iterable[str], **options) -> TextScore:
+    """`score_documents` for a model that is given as folder or Hub id, or as model and tokenizer."""
+    if isinstance(model, str | os.PathLike):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model).eval()
+    if tokenizer is None:
+        raise InputError("tokenizer: a model that is already loaded needs one.")
+    return score_documents(model, tokenizer, texts, **options)

@@ -5,27 +5,11 @@ import math
 import pytest
 import torch
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.data.packing import encode_documents
 from hf_lm.errors import InputError
 from hf_lm.evaluation.sentences import score_sentences
 from hf_lm.evaluation.text import score_documents
 from hf_lm.tokenization import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(moby_dick):
-    return train_tokenizer([moby_dick[:50_000]], 300)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    torch.manual_seed(0)
-    config = HfLmConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2,
-        zero_init_residual=False, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return HfLmForCausalLM(config).eval()
 
 
 def test_numbers_do_not_depend_on_the_batch_size(model, tokenizer, moby_dick):
