@@ -114,11 +114,14 @@ def native_state_dict(model: HfLmPreTrainedModel, family: Family) -> dict[str, t
         model._weight_conversions = before
 
 
-def check_files(files: list[str]) -> None:
+def check_files(files: list[str]) -> set[str]:
     """
+    The names of the tensors in safetensors files.
+
     Raises:
         InputError: a weight file is missing, no safetensors file at all (a git-lfs pointer, a web page), or cut short.
     """
+    names: set[str] = set()
     for file in filter(lambda name: str(name).endswith(".safetensors"), files):
         if not os.path.isfile(file):
             raise InputError(f"{file}: listed in the index of the checkpoint, but there is no such file.")
@@ -129,11 +132,12 @@ def check_files(files: list[str]) -> None:
         if head.lstrip()[:1] == b"<":
             raise InputError(f"{file}: a web page (HTML) instead of weights; download the file itself.")
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as opened:
+                names.update(opened.keys())
         except SafetensorError as error:
             size = os.path.getsize(file)
             raise InputError(f"{file}: {size} bytes that are no complete safetensors file ({error}).") from error
+    return names
 
 
 class MappedTensor:
@@ -190,17 +194,18 @@ class WeightsError(InputError, RuntimeError):
     """Weights that do not fit; also the RuntimeError that callers of `from_pretrained` expect here."""
 
 
-def check_loaded(model: PreTrainedModel, info, source: str, foreign: bool) -> None:
+def check_loaded(model: PreTrainedModel, info, source: str, with_head: bool) -> None:
     """
-    Weights that are missing, left over or of another shape are an error; only a new head may be without weights.
+    Weights that are missing, left over or of another shape are an error. A new classification head may be without
+    weights, and `lm_head`, too, if the file is that of a base model, not `with_head`.
 
     Raises:
         InputError: naming the tensors.
     """
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    head = "lm_head." if foreign else base  # a native file without lm_head is that of the base model
-    missing = [name for name in info.missing_keys - tied if name.startswith((base, head))]
+    expected = (base, "lm_head.") if with_head else (base,)
+    missing = [name for name in info.missing_keys - tied if name.startswith(expected)]
     unexpected = [name for name in info.unexpected_keys if name.startswith(base) or "layers." in name]
     if not base:
         unexpected = [name for name in unexpected if not re.match(r"(lm_head|score|qa_outputs|classifier)\.", name)]
@@ -292,16 +297,16 @@ def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, exp
     if family is not None:
         mapping = get_checkpoint_conversion_mapping(_key(family))
         load_config = replace(load_config, weight_mapping=[*mapping, *(load_config.weight_mapping or [])])
-    if checkpoint_files:
-        check_files(checkpoint_files)
-        if family is not None and family.copies_weights:
-            state_dict = {name: tensor for file in checkpoint_files for name, tensor in mapped_tensors(file).items()}
+    names = check_files(checkpoint_files or [])
+    if names and family is not None and family.copies_weights:
+        state_dict = {name: tensor for file in checkpoint_files for name, tensor in mapped_tensors(file).items()}
     load = PreTrainedModel._load_pretrained_model
     info, offload_index = load(model, state_dict, checkpoint_files, load_config, expected_keys)
     if family is not None:
         model._weight_conversions = None  # so that `save_pretrained` writes the layout that fits our config
     if not load_config.ignore_mismatched_sizes and not _reporting.get() and (family is not None or checkpoint_files):
-        check_loaded(model, info, source, foreign=family is not None)
+        with_head = family is not None or any(name.startswith("model.") for name in names)
+        check_loaded(model, info, source, with_head)
     return info, offload_index
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmModel
 from hf_lm.cli import main
 from hf_lm.interop import parity
 
@@ -224,14 +224,22 @@ def test_model_that_no_family_can_hold_says_why(tiny_model, tmp_path, capsys):
     assert not (tmp_path / "native").exists()
 
 
-def test_missing_weights_of_an_hf_lm_model_are_an_error(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+def test_missing_weights_of_an_hf_lm_model_are_an_error(name, tiny_config, tmp_path):
+    tiny_config.tie_word_embeddings = False
+    HfLmForCausalLM(tiny_config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.0.mlp.up_proj.weight"]
+    del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"missing: model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(ValueError, match=f"missing: {re.escape(name)}"):
         HfLmForCausalLM.from_pretrained(tmp_path)
     HfLmForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_language_model_may_start_from_a_base_model(tiny_config, tmp_path):
+    tiny_config.tie_word_embeddings = False
+    HfLmModel(tiny_config).save_pretrained(tmp_path)
+    HfLmForCausalLM.from_pretrained(tmp_path)
 
 
 def test_from_scratch_config_is_not_taken_for_a_foreign_one(tiny_config, tmp_path):
