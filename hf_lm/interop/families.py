@@ -215,6 +215,8 @@ class Family:
         ours |= {name: getattr(theirs, their_name) for name, their_name in self._field_pairs().items()}
         for rule in self.rules:
             ours |= rule.read(theirs)
+        if not 0 <= (ours["pad_token_id"] or 0) < ours["vocab_size"]:  # -1 in old checkpoints means none
+            ours["pad_token_id"] = None
         if not ours.get("head_dim"):
             ours["head_dim"] = getattr(theirs, "head_dim", None) or ours["hidden_size"] // ours["num_attention_heads"]
         if ours["position_embedding_type"] == "rope":

@@ -153,3 +153,13 @@ def test_option_that_the_decoder_lacks_is_refused_by_name(family, option, tmp_pa
     config_class(**{option: True}).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=option):
         HfLmConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("pad_token_id", [-1, 10_000])
+def test_padding_outside_the_vocabulary_means_none(pad_token_id, tmp_path):
+    import json
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad_token_id}))
+    assert HfLmForCausalLM.from_pretrained(tmp_path).config.pad_token_id is None
