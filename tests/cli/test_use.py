@@ -103,6 +103,15 @@ def test_evaluate_compares_two_models_and_names_the_worst_documents(folder, tmp_
     assert "+0.0000 bits per byte" in text
 
 
+def test_probe_asks_pairs_from_the_held_out_part(folder, repository, capsys):
+    book = str(repository / "recipes" / "moby_dick" / "data" / "moby_dick.txt")
+    words = ["probe", folder, "--data", book, "--pairs", "4", "--last-percent", "5"]
+    result = json.loads(output_of(capsys, *words, "--json"))
+    assert result["all"]["pairs"] == sum(row["pairs"] for rule, row in result.items() if rule != "all") > 4
+    text = output_of(capsys, *words)
+    assert "word_order" in text and "50.0%" in text
+
+
 def test_score_prints_sentences_and_tokens(folder, capsys):
     scores = json.loads(output_of(capsys, "score", folder, "Call me.", "me Call.", "--json"))
     assert [score["sentence"] for score in scores] == ["Call me.", "me Call."]
@@ -121,6 +130,9 @@ def test_score_prints_sentences_and_tokens(folder, capsys):
         (["generate", "./nowhere"], r"\./nowhere: no such model folder"),
         (["score", "nowhere", "x"], "nowhere: no such model folder"),
         (["score", "{}", ""], "no tokens"),
+        (["probe", "{}", "--data", "nowhere.txt"], r"nowhere\.txt does not exist"),
+        (["probe", "{}", "--data", "nowhere.txt", "--last-percent", "0"], "--last-percent.*0"),
+        (["probe", "{}", "--data", "nowhere.txt", "--pairs", "0"], "--pairs.*0"),
         (["evaluate", "{}", "--data", "nowhere.txt"], r"nowhere\.txt does not exist"),
         (["evaluate", "{}", "--data", __file__.replace("test_use.py", ""), "--batch-size", "0"], "--batch-size.*0"),
     ],

@@ -1,0 +1,43 @@
+"""Does it know English grammar? Minimal pairs from real sentences, against chance and a trigram model."""
+
+import argparse
+import json
+
+from ..errors import InputError
+from .common import load_model, load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="English text")
+    parser.add_argument("--text-column-name", help="column of a .jsonl, .csv or .parquet file")
+    parser.add_argument("--last-percent", type=float, default=10, metavar="P", help="pairs come from the last P per cent, held out from training; the trigram model knows what is before (10)")  # fmt: skip
+    parser.add_argument("--pairs", type=int, default=100, help="pairs of a kind at most (100)")
+    parser.add_argument("--json", action="store_true", help="print the result, with the pairs it failed, as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.pairs < 1:
+        raise InputError(f"--pairs: must be at least 1, got {arguments.pairs}.")
+    if not 0 < arguments.last_percent < 100:
+        raise InputError(f"--last-percent: must be between 0 and 100, got {arguments.last_percent}.")
+    from ..data.arguments import DataArguments
+    from ..data.documents import load_documents
+    from ..evaluation.probe import probe
+
+    source = DataArguments(
+        train_file=arguments.data,
+        text_column_name=arguments.text_column_name,
+        validation_split_percentage=arguments.last_percent,
+    )
+    earlier, text = ("\n\n".join(rows["text"]) for rows in load_documents(source).values())
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    result = probe(model, tokenizer, text, earlier, arguments.pairs)
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return 0
+    print(f"{'':14}{'pairs':>6}   {'model':22}{'trigrams':22}chance")
+    for rule, row in result.items():
+        cells = ("{accuracy:6.1%} ({low:.0%} to {high:.0%})".format(**row[who]) for who in ("model", "trigrams"))
+        print(f"{rule:14}{row['pairs']:6}   " + "".join(f"{cell:22}" for cell in cells) + " 50.0%")
+    return 0
