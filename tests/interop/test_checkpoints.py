@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, case_name, tiny_model
+from tiny_families import CASES, OPTIONS, case_name, tiny_config, tiny_model
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmForSequenceClassification, HfLmForTokenClassification, HfLmModel
 from hf_lm.errors import InputError
@@ -33,8 +33,14 @@ def assert_equal_tensors(one: dict, other: dict) -> None:
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize(("dtype", "shard"), [("float32", "1GB"), ("bfloat16", "20KB")])
-@pytest.mark.parametrize(("family", "options"), CASES, ids=case_name)
+ROUND_TRIPS = [(*case, "float32", "1GB") for case in CASES] + [
+    (family, options[0] | {"tie_word_embeddings": tied}, "bfloat16", "20KB")
+    for family, options in OPTIONS.items()
+    for tied in (True, False)
+]
+
+
+@pytest.mark.parametrize(("family", "options", "dtype", "shard"), ROUND_TRIPS, ids=case_name)
 def test_checkpoint_comes_back_bit_for_bit(family, options, dtype, shard, tmp_path):
     native = tiny_model(family, **options).to(getattr(torch, dtype))
     native.save_pretrained(tmp_path / "source", max_shard_size=shard)
@@ -55,8 +61,7 @@ def test_checkpoint_comes_back_bit_for_bit(family, options, dtype, shard, tmp_pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_alone_reads_a_foreign_folder(family, tmp_path):
-    native = tiny_model(family)
-    native.config.save_pretrained(tmp_path)
+    tiny_config(family).save_pretrained(tmp_path)
     config = HfLmConfig.from_pretrained(tmp_path, attention_dropout=0.25)
     assert config.model_type == "hf_lm"
     assert (config.hidden_size, config.num_hidden_layers, config.attention_dropout) == (32, 3, 0.25)
@@ -124,7 +129,7 @@ def test_model_from_scratch_is_saved_in_our_layout(tiny_model, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_chooses_the_family_by_the_options(family):
     for options in (options for name, options in CASES if name == family):
-        config = HfLmConfig(**FAMILIES[family].to_hf_lm(tiny_model(family, **options).config))
+        config = HfLmConfig(**FAMILIES[family].to_hf_lm(tiny_config(family, **options)))
         chosen = choose_family(config).model_type
         # a Mistral without a window is a Llama
         expected = "llama" if family == "mistral" and options["sliding_window"] is None else family

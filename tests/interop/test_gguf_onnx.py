@@ -24,8 +24,11 @@ GGUF_CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
-@pytest.mark.parametrize(("family", "options"), GGUF_CASES)
+@pytest.mark.parametrize(
+    ("family", "options", "dtype"),
+    [(*case, "float32") for case in GGUF_CASES]
+    + [(*GGUF_CASES[0], dtype) for dtype in ("float16", "bfloat16", "q8_0")],
+)
 def test_gguf_gives_the_same_tokens_in_the_library(family, options, dtype, checkpoint, tokenizer, tmp_path, capsys):
     source, destination = checkpoint(family, **options), tmp_path / "gguf"
     assert main(["export", str(source), str(destination), "--to", "gguf", "--dtype", dtype, "--json"]) == 0
