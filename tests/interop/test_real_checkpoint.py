@@ -1,5 +1,6 @@
 """The real SmolLM2-135M-Instruct goes in and comes back."""
 
+import importlib.util
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from hf_lm import HfLmForCausalLM
 from hf_lm.cli import main
 
 pytestmark = pytest.mark.slow
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
 
@@ -28,8 +30,7 @@ def imported(source, tmp_path_factory):
 
 
 def chat(folder, tokenizer) -> str:
-    messages = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return tokenizer.decode(model.generate(**ids, **GREEDY)[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -57,6 +58,21 @@ def test_it_comes_back_bit_for_bit(source, imported, tmp_path):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (source / name).read_text() == (tmp_path / "back" / name).read_text(), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
+def test_exported_gguf_answers_the_same_in_llama_cpp(imported, dtype, tmp_path):
+    import llama_cpp
+
+    assert main(["export", str(imported), str(tmp_path / "gguf"), "--to", "gguf", "--dtype", dtype]) == 0
+    program = llama_cpp.Llama(str(tmp_path / "gguf" / "model.gguf"), n_ctx=256, n_threads=1, verbose=False)
+    tokenizer = AutoTokenizer.from_pretrained(imported)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
+    generated = program.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
+    tokens = [next(generated) for _ in range(GREEDY["max_new_tokens"])]
+    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+    assert tokenizer.decode(tokens[:end]) == chat(imported, tokenizer)
 
 
 def test_gguf_file_is_read_as_it_is_and_written_again(tmp_path):
