@@ -41,15 +41,11 @@ def register_auto_classes() -> None:
     install()
     transformers.AutoConfig.register(HfLmConfig.model_type, HfLmConfig, exist_ok=True)
     HfLmConfig.register_for_auto_class("AutoConfig")
-    for auto_class, model_class in {
-        "AutoModel": modeling.HfLmModel,
-        "AutoModelForCausalLM": modeling.HfLmForCausalLM,
-        "AutoModelForSequenceClassification": modeling.HfLmForSequenceClassification,
-        "AutoModelForTokenClassification": modeling.HfLmForTokenClassification,
-        "AutoModelForQuestionAnswering": modeling.HfLmForQuestionAnswering,
-    }.items():
-        getattr(transformers, auto_class).register(HfLmConfig, model_class, exist_ok=True)
-        model_class.register_for_auto_class(auto_class)
+    for auto_class, path in modeling.AUTO_MAP.items():
+        if auto_class != "AutoConfig":
+            model_class = getattr(modeling, path.split(".")[1])
+            getattr(transformers, auto_class).register(HfLmConfig, model_class, exist_ok=True)
+            model_class.register_for_auto_class(auto_class)
 
 
 def __getattr__(name: str):
