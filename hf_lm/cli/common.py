@@ -1,5 +1,6 @@
 """What several commands share: loading a model and its tokenizer with errors a person can act on."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,13 @@ def require_model(path: str) -> str:
     if outside := outside_paths(Path(path)):
         raise InputError(f"{path}: the model folder names files outside of itself: {'; '.join(outside)}.")
     return path
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
+    """MODEL and what it is computed in. Scores need float32: in bfloat16 they depend on the batch size (1e-3)."""
+    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    choices = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=choices, default=dtype, help=f"computed in; auto: as saved ({dtype})")
 
 
 def unavailable(path: str, what: str, error: Exception) -> InputError:

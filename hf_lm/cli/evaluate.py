@@ -4,11 +4,11 @@ import argparse
 import json
 
 from ..errors import InputError
-from .common import load_model, load_tokenizer
+from .common import add_model_arguments, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    add_model_arguments(parser)
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="text files, or files with a column")
     parser.add_argument("--text-column-name", help="column of a .jsonl, .csv or .parquet file")
     parser.add_argument("--last-percent", type=float, metavar="P", help="only the last P per cent (of one text's characters, or of the documents), as a training run holds out")  # fmt: skip
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = documents.get("validation", documents["train"])
 
     def score(path: str):
-        model, tokenizer = load_model(path), load_tokenizer(path)
+        model, tokenizer = load_model(path, dtype=arguments.dtype), load_tokenizer(path)
         texts = (row["text"] for row in rows)
         return score_documents(model, tokenizer, texts, arguments.block_size, arguments.stride, arguments.batch_size)
 

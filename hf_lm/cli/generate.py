@@ -5,11 +5,11 @@ import json
 import sys
 
 from ..errors import InputError
-from .common import load_model, load_tokenizer
+from .common import add_model_arguments, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    add_model_arguments(parser, dtype="auto")
     parser.add_argument("--prompt", default="", help="what to continue; empty: the start of a text")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="length at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (0.8)")
@@ -34,8 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..evaluation.text import context_prefix
 
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     ids = tokenizer(arguments.prompt)["input_ids"] or context_prefix(tokenizer)
+    if not ids:
+        raise InputError("--prompt: must not be empty, for the tokenizer has no token that starts a text.")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"--prompt: has {len(ids)} tokens; the model takes {limit}, the new ones included.")

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
-from .common import load_model, load_tokenizer
+from .common import add_model_arguments, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    add_model_arguments(parser)
     parser.add_argument("--text", required=True, help="a sentence or two")
     parser.add_argument("--html", required=True, metavar="FILE", help="the page to write")
     parser.add_argument("--target", type=int, metavar="N", help="explain the probability of token N, counted from 0 (the last)")  # fmt: skip
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..analysis.explain import inspect_text
     from ..analysis.page import write_page
 
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     data = inspect_text(model, tokenizer, arguments.text, arguments.target)
     write_page("inspect.html", {"model": arguments.model, **data}, page)
     for check, value in data["checks"].items():

@@ -5,11 +5,11 @@ import importlib.util
 import json
 
 from ..errors import InputError
-from .common import load_model, load_tokenizer
+from .common import add_model_arguments, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    add_model_arguments(parser)
     parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="names of tasks or groups")
     parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
     parser.add_argument("--num-fewshot", type=int, help="solved examples in front of each item")
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError('lm-eval is not installed: pip install "hf-lm[lm-eval]".')
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -4,11 +4,11 @@ import argparse
 import json
 
 from ..errors import InputError
-from .common import load_model, load_tokenizer
+from .common import add_model_arguments, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    add_model_arguments(parser)
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="English text")
     parser.add_argument("--text-column-name", help="column of a .jsonl, .csv or .parquet file")
     parser.add_argument("--last-percent", type=float, default=10, metavar="P", help="pairs come from the last P per cent, held out from training; the trigram model knows what is before (10)")  # fmt: skip
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         validation_split_percentage=arguments.last_percent,
     )
     earlier, text = ("\n\n".join(rows["text"]) for rows in load_documents(source).values())
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     result = probe(model, tokenizer, text, earlier, arguments.pairs)
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False))

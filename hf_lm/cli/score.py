@@ -4,13 +4,13 @@ import argparse
 import json
 import math
 
-from .common import load_model, load_tokenizer
+from .common import add_model_arguments, load_model, load_tokenizer
 
 BIT = math.log(2)  # nats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    add_model_arguments(parser)
     parser.add_argument("sentences", nargs="+", metavar="SENTENCE")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..evaluation.sentences import score_sentences
 
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     scores = score_sentences(model, tokenizer, arguments.sentences)
     if arguments.json:
         print(json.dumps([score.to_dict() for score in scores], ensure_ascii=False))

@@ -103,6 +103,16 @@ def test_evaluate_compares_two_models_and_names_the_worst_documents(folder, tmp_
     assert "+0.0000 bits per byte" in text
 
 
+def test_scores_of_a_bfloat16_model_do_not_depend_on_the_batch_size(folder, tmp_path, moby_dick, capsys):
+    HfLmForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{folder}/{file}", tmp_path / "half")
+    (tmp_path / "book.txt").write_text(moby_dick[:4000], encoding="utf-8")
+    words = ["evaluate", str(tmp_path / "half"), "--data", str(tmp_path / "book.txt"), "--json", "--batch-size"]
+    one, many = (json.loads(output_of(capsys, *words, size))["loss"] for size in ("1", "8"))
+    assert one == pytest.approx(many, rel=1e-6)
+
+
 def test_probe_asks_pairs_from_the_held_out_part(folder, repository, capsys):
     book = str(repository / "recipes" / "moby_dick" / "data" / "moby_dick.txt")
     words = ["probe", folder, "--data", book, "--pairs", "4", "--last-percent", "5"]
