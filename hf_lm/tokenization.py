@@ -1,9 +1,11 @@
 """Train a tokenizer on text: byte-level BPE, single characters, or bytes. Every string comes back as it was."""
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import InputError
 
@@ -11,6 +13,41 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = [BOS, EOS, PAD]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 KINDS = ("bpe", "char", "byte")
+PIECE = 1 << 14  # characters after which a long text is cut
+# In front of white space that comes after something printed. The lookbehind is stricter than "not white space", about
+# which Python and the tokenizers disagree for some control characters.
+CUT = re.compile(r"(?<=[!-~\w])(?=[ \n])")
+
+
+def cut(text: str) -> Iterator[str]:
+    """A text in pieces, so that its length bounds neither memory nor time; see `may_be_cut`."""
+    start = 0
+    while found := CUT.search(text, start + PIECE):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
+
+
+def may_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """
+    Whether the pieces of `cut` have exactly the tokens of the whole text.
+
+    That is so where words are found by GPT-2's pattern (a word has white space at its start or is nothing else, and
+    nothing looks back), where digits are at most set apart, where the text is not changed before, and where no added
+    token holds or swallows white space.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = backend["pre_tokenizer"] or {"type": None}
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    words = [step for step in steps if step["type"] == "ByteLevel"]
+    return (
+        backend["normalizer"] is None
+        and backend["model"]["type"] == "BPE"
+        and not backend["model"].get("dropout")
+        and all(step["type"] in ("ByteLevel", "Digits") for step in steps)
+        and [(step["use_regex"], step["add_prefix_space"]) for step in words] == [(True, False)]
+        and not any(token["rstrip"] or re.search(r"\s", token["content"]) for token in backend["added_tokens"])
+    )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, kind: str = "bpe") -> PreTrainedTokenizerFast:
@@ -41,12 +78,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, kind: str = "b
             f"({len(ALPHABET)} bytes and {len(SPECIAL_TOKENS)} special tokens)."
         )
     tokenizer = Tokenizer(models.BPE())
-    if kind == "char":  # merges happen inside the bytes of one character only
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = words
+    if kind == "char":  # merges are learned inside the bytes of one character only
         one_character = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([one_character, byte_level])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bpe")
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -54,7 +91,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, kind: str = "b
         initial_alphabet=ALPHABET,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in cut(text))
+    tokenizer.train_from_iterator(pieces if kind != "byte" else [], trainer)
+    # Words are quicker than characters, and give the same: a merge's right side never starts a character in UTF-8.
+    tokenizer.pre_tokenizer = words
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )

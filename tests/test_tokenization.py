@@ -1,15 +1,20 @@
 """Any text survives the round trip; the three special tokens are distinct; mistakes are named."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
+from hf_lm import tokenization
 from hf_lm.cli import main
 from hf_lm.errors import InputError
-from hf_lm.tokenization import KINDS, train_tokenizer
+from hf_lm.tokenization import KINDS, cut, may_be_cut, train_tokenizer
 
 TEXT = "Call me Ishmael. 白鲸在海里。 Some years ago, never mind how long precisely! 🐋 "
 # Every code point that UTF-8 can hold: surrogates cannot be written at all.
@@ -54,9 +59,65 @@ def test_kinds_differ_as_their_names_say():
     assert len(train_tokenizer([TEXT], 400, "byte")) == 259
 
 
-def test_the_same_text_gives_the_same_tokenizer():
-    first, second = (train_tokenizer([TEXT] * 3, 300).backend_tokenizer.to_str() for _ in range(2))
-    assert first == second
+def test_the_same_text_gives_the_same_tokenizer_with_any_number_of_threads(tmp_path):
+    program = """
+import sys
+from hf_lm.tokenization import KINDS, train_tokenizer
+for kind in KINDS:
+    print(train_tokenizer(open(sys.argv[1], encoding="utf-8"), 600, kind).backend_tokenizer.to_str())
+"""
+    lines = [f"{TEXT} {number} {chr(0x4E00 + number)}\n" for number in range(2000)]
+    (tmp_path / "text.txt").write_text("".join(lines), encoding="utf-8")
+    results = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "text.txt")],
+            env={**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "3")
+    ]
+    assert results[0] == results[1] and results[0]
+
+
+def test_a_token_of_the_char_kind_is_within_one_character():
+    tokenizer = train_tokenizer([TEXT * 20], 400, "char").backend_tokenizer
+    text = TEXT + "龍🐳ö"
+    alone = [token for character in text for token in tokenizer.encode(character, add_special_tokens=False).ids]
+    assert tokenizer.encode(text, add_special_tokens=False).ids == alone
+
+
+@given(text=st.text(alphabet=st.sampled_from("ab1'. \n\t\r\x0b\x1c\x85\xa0\u3000鲸é_"), max_size=80))
+@settings(max_examples=300, deadline=None)
+def test_pieces_of_a_text_have_the_tokens_of_the_whole(tokenizer, text):
+    assert may_be_cut(tokenizer)
+    backend, longest = tokenizer.backend_tokenizer, tokenization.PIECE
+    tokenization.PIECE = 3
+    try:
+        pieces = list(cut(text))
+    finally:
+        tokenization.PIECE = longest
+    assert "".join(pieces) == text
+    ids = [index for piece in pieces for index in backend.encode(piece, add_special_tokens=False).ids]
+    assert ids == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_tokenizers_that_look_across_white_space_are_not_given_pieces():
+    def variant(**changes):
+        tokenizer = train_tokenizer([TEXT], 300)
+        for name, value in changes.items():
+            setattr(tokenizer.backend_tokenizer, name, value)
+        return tokenizer
+
+    assert may_be_cut(variant())
+    assert not may_be_cut(variant(normalizer=normalizers.NFC()))
+    assert not may_be_cut(variant(pre_tokenizer=pre_tokenizers.Whitespace()))
+    assert not may_be_cut(variant(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)))
+    assert not may_be_cut(variant(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)))
+    for token in (AddedToken("of the"), AddedToken("<x>", rstrip=True)):
+        tokenizer = variant()
+        tokenizer.add_tokens([token])
+        assert not may_be_cut(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +137,11 @@ def test_command_trains_saves_and_protects(tmp_path, capsys):
     assert result["bytes"] == len((TEXT * 20).encode())
     assert main(command) == 2
     assert "already holds a tokenizer" in capsys.readouterr().err
+    (tmp_path / "out" / "notes.txt").write_text("stays")
     assert main([*command, "--overwrite"]) == 0
+    assert (tmp_path / "out" / "notes.txt").read_text() == "stays"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+    assert main(["tokenizer", str(tmp_path / "text.txt"), "--output", str(tmp_path / "text.txt")]) == 2
+    assert "is a file" in capsys.readouterr().err
     assert main(["tokenizer", str(tmp_path / "none.txt"), "--output", str(tmp_path / "other")]) == 2
     assert "none.txt does not exist" in capsys.readouterr().err

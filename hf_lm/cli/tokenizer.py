@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import tempfile
 from pathlib import Path
 
 from ..errors import InputError
@@ -17,8 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def save(tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files beside the folder first: what is there is replaced whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        for path in sorted(tokenizer.save_pretrained(aside)):
+            if os.path.exists(path):
+                os.replace(path, folder / os.path.basename(path))
+
+
 def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output: {folder} is a file; name a folder.")
     if (folder / "tokenizer.json").exists() and not arguments.overwrite:
         raise InputError(f"--output: {folder} already holds a tokenizer; add --overwrite or name another folder.")
     from ..data.arguments import DataArguments
@@ -35,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     for ids, sizes in encode_documents((row["text"] for row in documents), tokenizer):
         tokens += len(ids)
         bytes_ += int(sizes.sum())
-    tokenizer.save_pretrained(folder)
+    save(tokenizer, folder)
     result = {"vocab_size": len(tokenizer), "tokens": tokens, "bytes": bytes_, "bytes_per_token": bytes_ / tokens}
     if arguments.json:
         print(json.dumps(result))

@@ -5,13 +5,18 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from transformers.utils import logging
 
 from ..errors import InputError
 from .arguments import DataArguments
+
+logger = logging.get_logger(__name__)
 
 FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -73,7 +78,9 @@ def _only_text(rows, name: str | None, where: str):
     Raises:
         InputError: there is no such column, it does not hold text, or every row is empty.
     """
-    columns = rows.column_names or list(next(iter(rows)))
+    columns = rows.column_names or list(next(iter(rows), {}))
+    if not columns:
+        raise InputError(f"{where}: holds no rows.")
     strings = [column for column in columns if rows.features is None or _is_string(rows.features[column])]
     name = name or ("text" if "text" in columns else strings[0] if len(strings) == 1 else None)
     if name is None:
@@ -89,6 +96,8 @@ def _only_text(rows, name: str | None, where: str):
     empty = sum(not text for batch in rows.select_columns("text").iter(1000) for text in batch["text"])
     if empty == len(rows):
         raise InputError(f"{where}: every row of column {name} is empty.")
+    if empty:
+        logger.warning(f"{where}: {empty} of {len(rows)} rows of column {name} are empty and left out.")
     return rows.filter(lambda text: bool(text), input_columns="text") if empty else rows
 
 
@@ -107,13 +116,34 @@ def _load_files(key: str, arguments: DataArguments):
         stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
         reader = IterableDataset if arguments.streaming else Dataset
         return reader.from_generator(_texts, gen_kwargs={"paths": paths, "stamps": stamps})
+    kind = formats.pop()
+    options = {"keep_default_na": False} if kind == "csv" else {}  # NA and null are words too
+    where = ", ".join(paths)
     try:
-        rows = load_dataset(formats.pop(), data_files=paths, split="train", streaming=arguments.streaming)
-        return _only_text(rows, arguments.text_column_name, ", ".join(paths))
-    except (DatasetGenerationError, UnicodeDecodeError, ValueError, TypeError) as error:
+        with _library_is_silent():
+            splits = load_dataset(kind, data_files=paths, streaming=arguments.streaming, **options)
+            if "train" not in splits:
+                raise InputError(f"{key}: {where} holds no rows.")
+            return _only_text(splits["train"], arguments.text_column_name, where)
+    except (DatasetGenerationError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{key}: {', '.join(paths)} cannot be read: {error.__cause__ or error}") from error
+        if kind != "parquet":
+            for path in paths:
+                read_text(path)  # not UTF-8: says which file, and where
+        reason = "it holds no rows" if "corresponds to no data" in str(error) else error.__cause__ or error
+        raise InputError(f"{key}: {where} cannot be read: {reason}") from error
+
+
+@contextmanager
+def _library_is_silent() -> Iterator[None]:
+    """The library logs what it then raises: one line about a mistake is enough."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _load_dataset(arguments: DataArguments) -> dict:
@@ -139,6 +169,10 @@ def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
     if len(documents) > 1:
         count = math.ceil(len(documents) * percentage / 100)
         boundary = len(documents) - count
+        if boundary == 0:
+            raise InputError(
+                f"validation_split_percentage: {percentage} per cent of {len(documents)} documents leaves none to train on."
+            )
         return {
             "train": documents.select(range(boundary)),
             "validation": documents.select(range(boundary, len(documents))),

@@ -9,17 +9,32 @@ their positions start at 0, which is how the model keeps them apart. Every token
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import groupby, islice
 from operator import itemgetter
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+import pyarrow as pa
+from datasets import (
+    ArrowBasedBuilder,
+    BuilderConfig,
+    Dataset,
+    DatasetInfo,
+    Features,
+    IterableDataset,
+    List,
+    SplitGenerator,
+    Value,
+)
+from datasets.builder import Key
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..tokenization import cut, may_be_cut
 
-VERSION = 1  # raise it when blocks change: it is part of the cache's key
-BATCH = 256  # documents tokenised at once
+VERSION = 2  # raise it when blocks change: it is part of the cache's key
+BATCH = 1 << 20  # characters tokenised at once: bounds the memory, whatever the length of the documents
+ROWS = 1000  # blocks written at once
 IGNORED = -100
 FEATURES = Features(
     {
@@ -54,10 +69,33 @@ def _bytes_of_each_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | Non
 
 def _bytes_from_offsets(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
     """UTF-8 bytes that each token covers, from its place in the text; all of the text is covered, none twice."""
+    if not offsets:
+        return np.zeros(0, dtype=np.int64)
     ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
     ends[-1] = len(text)
-    at = np.concatenate(([0], np.cumsum([len(character.encode()) for character in text])))
-    return np.diff(at[ends], prepend=0)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + sum((codes >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+    return np.diff(np.concatenate(([0], np.cumsum(widths)))[ends], prepend=0)
+
+
+def _pieces(texts: Iterable[str], cuttable: bool) -> Iterator[tuple[str, str | None]]:
+    """Each text in pieces: `(piece, None)`, and with the last of them the whole, `(piece, text)`."""
+    for text in texts:
+        *pieces, last = cut(text) if cuttable else [text]
+        yield from ((piece, None) for piece in pieces)
+        yield last, text
+
+
+def _batches(pieces: Iterable[tuple[str, str | None]]) -> Iterator[list[tuple[str, str | None]]]:
+    """Pieces in lists of about `BATCH` characters."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0]) + 1
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def encode_documents(
@@ -72,28 +110,26 @@ def encode_documents(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    sizes = _bytes_of_each_token(tokenizer)
-    encode = backend.encode_batch if sizes is None else backend.encode_batch_fast  # fast: without places
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def encoded(batch: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for text, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):
-            ids = np.array(encoding.ids + end, dtype=np.int32)
-            lengths = np.zeros(len(ids), dtype=np.int64)
-            if len(encoding.ids):
-                body = ids[: len(encoding.ids)]
-                lengths[: len(body)] = (
-                    sizes[body] if sizes is not None else _bytes_from_offsets(text, encoding.offsets)
-                )
-            yield ids, lengths
-
-    batch = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == BATCH:
-            yield from encoded(batch)
-            batch = []
-    yield from encoded(batch)
+    backend.encode_special_tokens = tokenizer.split_special_tokens  # the last call may have left another choice
+    table = _bytes_of_each_token(tokenizer)
+    cuttable = table is not None and may_be_cut(tokenizer)
+    encode = backend.encode_batch if table is None else backend.encode_batch_fast  # fast: without places
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts: list[np.ndarray] = []
+    for batch in _batches(_pieces(texts, cuttable)):
+        for (_, text), encoding in zip(
+            batch, encode([piece for piece, _ in batch], add_special_tokens=False), strict=True
+        ):
+            parts.append(np.array(encoding.ids, dtype=np.int32))
+            if text is None:
+                continue
+            ids, parts = np.concatenate(parts), []
+            sizes = None if table is None else table[ids]
+            if sizes is None or sizes.sum() != len(text.encode()):  # a normaliser or prefix changed the text
+                if table is not None:
+                    encoding = backend.encode(text, add_special_tokens=False)
+                sizes = _bytes_from_offsets(text, encoding.offsets)
+            yield np.append(ids, np.array(eos, dtype=np.int32)), np.append(sizes, np.zeros(len(eos), dtype=np.int64))
 
 
 def segments(
@@ -140,8 +176,42 @@ def _blocks(documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> I
         yield {**block, "num_bytes": int(sum(part["sizes"].sum() for part in group))}
 
 
+@dataclass
+class PackedBlocksConfig(BuilderConfig):
+    """What is packed."""
+
+    documents: Dataset | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    block_size: int = 0
+
+
+class PackedBlocks(ArrowBasedBuilder):
+    """Writes blocks to the cache of `datasets`, many at a time: locked, and renamed only when they are complete."""
+
+    BUILDER_CONFIG_CLASS = PackedBlocksConfig
+
+    def _info(self) -> DatasetInfo:
+        return DatasetInfo(features=FEATURES)
+
+    def _split_generators(self, dl_manager) -> list[SplitGenerator]:
+        return [SplitGenerator(name="train")]
+
+    def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
+        blocks = _blocks(self.config.documents, self.config.tokenizer, self.config.block_size)
+        number = 0
+        while rows := list(islice(blocks, ROWS)):
+            ends = np.cumsum([0, *(len(row["input_ids"]) for row in rows)], dtype=np.int32)
+            columns = {
+                name: pa.ListArray.from_arrays(ends, np.concatenate([row[name] for row in rows]))
+                for name in ("input_ids", "labels", "position_ids")
+            }
+            columns["num_bytes"] = pa.array([row["num_bytes"] for row in rows], pa.int64())
+            yield Key(0, number), pa.table(columns)
+            number += 1
+
+
 def _cache_key(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:
-    special = [segment_prefix(tokenizer), tokenizer.eos_token_id]
+    special = [segment_prefix(tokenizer), tokenizer.eos_token_id, tokenizer.split_special_tokens]
     key = [VERSION, documents._fingerprint, tokenizer.backend_tokenizer.to_str(), special, block_size]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
@@ -171,9 +241,11 @@ def pack_documents(
     arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
     if isinstance(documents, IterableDataset):
         return IterableDataset.from_generator(_blocks, features=FEATURES, gen_kwargs=arguments)
-    blocks = Dataset.from_generator(
-        _blocks, features=FEATURES, gen_kwargs=arguments, fingerprint=_cache_key(documents, tokenizer, block_size)
-    ).with_format("numpy")
+    key = _cache_key(documents, tokenizer, block_size)
+    builder = PackedBlocks(dataset_name="hf_lm_blocks", config_id=key, **arguments)
+    builder.download_and_prepare()
+    blocks = builder.as_dataset(split="train").with_format("numpy")
+    blocks._fingerprint = key
     if len(blocks) < 2 and (len(blocks) == 0 or len(blocks[0]["input_ids"]) < block_size):
         tokens = len(blocks[0]["input_ids"]) if len(blocks) else 0
         raise InputError(f"block_size: the text has {tokens} tokens, less than one block of {block_size}.")

@@ -102,7 +102,12 @@ def write(name, content):
         (write("a.jsonl", b'{"text": ""}\n{"text": null}\n'), {"train_file": "a.jsonl"}, "a.jsonl"),
         (write("a.jsonl", b'{"text": "x"'), {"train_file": "a.jsonl"}, "a.jsonl cannot be read"),
         (write("a.parquet", b"PAR1 not really"), {"train_file": "a.parquet"}, "a.parquet cannot be read"),
-        (write("a.csv", b"text\n\xff\xfe\n"), {"train_file": "a.csv"}, "a.csv cannot be read"),
+        (write("a.csv", b"text\n\xff\xfe\n"), {"train_file": "a.csv"}, "a.csv: not UTF-8: byte 0xff at offset 5"),
+        (write("a.jsonl", b'{"text": "x\xff"}\n'), {"train_file": "a.jsonl"}, "a.jsonl: not UTF-8: .* offset 11"),
+        (write("a.jsonl", b'{"text": "\\ud800"}\n'), {"train_file": "a.jsonl"}, "a.jsonl cannot be read: .*surrogate"),
+        (write("a.csv", b"text\n"), {"train_file": "a.csv"}, "a.csv cannot be read: it holds no rows"),
+        (write("a.jsonl", b"\n"), {"train_file": "a.jsonl", "streaming": True}, "a.jsonl: holds no rows"),
+        (None, {"train_file": "rows.jsonl", "validation_split_percentage": 95}, "leaves none to train on"),
         (None, {"train_file": "rows.jsonl", "streaming": True}, "validation_file"),
         (None, {"train_file": "rows.jsonl", "validation_split_percentage": 100}, "100"),
         (None, {"train_file": "rows.jsonl", "block_size": 0}, "block_size.*0"),
@@ -122,3 +127,10 @@ def test_empty_rows_are_left_out(files):
     (files / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\n{"text": null}\n{"text": "y"}\n')
     documents = load_documents(DataArguments(train_file=str(files / "a.jsonl"), validation_split_percentage=0))
     assert [row["text"] for row in documents["train"]] == ["x", "y"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_words_that_csv_readers_take_for_nothing_are_text(files, streaming):
+    (files / "a.csv").write_text("text\nNA\nnull\nnan\n")
+    arguments = DataArguments(train_file=str(files / "a.csv"), validation_split_percentage=0, streaming=streaming)
+    assert [row["text"] for row in load_documents(arguments)["train"]] == ["NA", "null", "nan"]

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_lm.data.collator import PackedCollator
@@ -86,6 +86,46 @@ def test_bytes_of_tokens_add_up_for_other_kinds_of_tokenizers(with_prefix):
     for tokenizer in (with_prefix, other):
         for text, (_, sizes) in zip(TEXTS, encode_documents(TEXTS, tokenizer), strict=True):
             assert sizes.sum() == len(text.encode())
+
+
+def test_bytes_add_up_where_a_normalizer_or_a_prefix_changes_the_text(with_prefix):
+    text = "cafe\u0301 and e\u0301lan, 鲸 " * 3  # NFC makes one character of two
+    for changed in (normalizers.NFC(), None):
+        backend = Tokenizer.from_str(with_prefix.backend_tokenizer.to_str())
+        backend.normalizer = changed
+        if changed is None:
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>")
+        ((ids, sizes),) = encode_documents([text], tokenizer)
+        assert ids.tolist()[:-1] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(sizes) == len(ids) and sizes.sum() == len(text.encode()) and (sizes >= 0).all()
+
+
+def test_long_documents_have_the_tokens_of_the_whole(with_prefix, moby_dick):
+    texts = ["short", moby_dick[:200_000], "鲸" * 40_000, "", moby_dick[200_000:300_000]]
+    for text, (ids, sizes) in zip(texts, encode_documents(texts, with_prefix), strict=True):
+        assert ids.tolist() == [*with_prefix(text, add_special_tokens=False)["input_ids"], with_prefix.eos_token_id]
+        assert sizes.sum() == len(text.encode())
+
+
+def test_special_tokens_in_a_text_are_read_as_the_tokenizer_says_whatever_was_called_before(with_prefix):
+    text = "a<|eos|>b"
+    expected = with_prefix(text, add_special_tokens=False)["input_ids"]
+    with_prefix(text, split_special_tokens=True)
+    ((ids, _),) = encode_documents([text], with_prefix)
+    assert ids.tolist()[:-1] == expected
+
+
+def test_an_interrupted_stream_goes_on_where_it_stopped(with_prefix):
+    def stream():
+        return pack_documents(Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), with_prefix, 8)
+
+    before, after = stream(), stream()
+    rows = iter(before)
+    for _ in range(3):
+        next(rows)
+    after.load_state_dict(before.state_dict())
+    assert [row["input_ids"] for row in after] == [row["input_ids"] for row in rows] != []
 
 
 def test_second_run_reads_the_cache_and_a_changed_input_does_not(with_prefix, monkeypatch):
