@@ -9,12 +9,19 @@ from ..errors import InputError
 class DataArguments:
     """Where the text comes from, what of it is held out, and how it is cut."""
 
+    task: str = field(default="causal-lm", metadata={"help": "what is trained: see hf_lm/training/tasks"})
     dataset_name: str | None = field(default=None, metadata={"help": "dataset of the Hub, or a local dataset folder"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
     train_file: list[str] | None = field(
         default=None, metadata={"help": "files or globs: .txt (one document each), .jsonl, .json, .csv, .parquet"}
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "the same, held out"})
+    test_file: list[str] | None = field(
+        default=None, metadata={"help": "the same, for the scores at the very end: nothing is chosen by it"}
+    )
+    split_column_name: str | None = field(
+        default=None, metadata={"help": "column that says of each row of train_file: train, validation or test"}
+    )
     validation_split_percentage: float = field(
         default=5.0,
         metadata={
@@ -26,12 +33,21 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "read the data while training, without a copy on disk"})
     block_size: int = field(default=256, metadata={"help": "tokens the model sees at once"})
+    packing: bool = field(
+        default=True, metadata={"help": "several short examples in one block; they do not see each other"}
+    )
+    long_examples: str = field(
+        default="cut", metadata={"help": "examples of more than block_size tokens: cut, drop, or error"}
+    )
+    show_examples: int = field(
+        default=0, metadata={"help": "print so many training examples first; what is not learned is dimmed"}
+    )
     data_license: str | None = field(default=None, metadata={"help": "licence of the data, for the card"})
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training documents"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many held-out documents"})
 
     def __post_init__(self):
-        for name in ("train_file", "validation_file"):
+        for name in ("train_file", "validation_file", "test_file"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else value)
         if not 0 <= self.validation_split_percentage < 100:
@@ -43,5 +59,7 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: must be at least 1, got {value}.")
+        if self.long_examples not in ("cut", "drop", "error"):
+            raise InputError(f"long_examples: must be cut, drop or error, got {self.long_examples!r}.")
         if self.dataset_name and self.train_file:
             raise InputError("dataset_name and train_file exclude each other.")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import numpy as np
 from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers.utils import logging
@@ -18,6 +19,7 @@ from .arguments import DataArguments
 
 logger = logging.get_logger(__name__)
 
+SPLITS = ("train", "validation", "test")
 FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -105,7 +107,7 @@ def _is_string(feature) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def _load_files(key: str, arguments: DataArguments):
+def _load_files(key: str, arguments: DataArguments, keep):
     paths = expand(key, getattr(arguments, key))
     formats = {FORMATS[Path(path).suffix.lower()] for path in paths}
     if len(formats) > 1:
@@ -124,7 +126,7 @@ def _load_files(key: str, arguments: DataArguments):
             splits = load_dataset(kind, data_files=paths, streaming=arguments.streaming, **options)
             if "train" not in splits:
                 raise InputError(f"{key}: {where} holds no rows.")
-            return _only_text(splits["train"], arguments.text_column_name, where)
+            return keep(splits["train"], where)
     except (DatasetGenerationError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -146,7 +148,7 @@ def _library_is_silent() -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _load_dataset(arguments: DataArguments) -> dict:
+def _load_dataset(arguments: DataArguments, keep) -> dict:
     name = arguments.dataset_name
     try:
         splits = load_dataset(name, arguments.dataset_config_name, streaming=arguments.streaming)
@@ -154,8 +156,7 @@ def _load_dataset(arguments: DataArguments) -> dict:
         raise InputError(f"dataset_name: {name} cannot be loaded: {error}") from error
     if "train" not in splits:
         raise InputError(f"dataset_name: {name} has no split train; it has {', '.join(splits)}.")
-    wanted = [split for split in ("train", "validation") if split in splits]
-    return {split: _only_text(splits[split], arguments.text_column_name, f"{name} ({split})") for split in wanted}
+    return {split: keep(splits[split], f"{name} ({split})") for split in SPLITS if split in splits}
 
 
 def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
@@ -189,35 +190,76 @@ def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
     }
 
 
-def load_documents(arguments: DataArguments) -> dict[str, Dataset | IterableDataset]:
+def _by_split(rows: Dataset, column: str) -> dict[str, Dataset]:
     """
-    The documents a recipe names, in order.
+    The rows of one table by what its column says they are for.
+
+    Raises:
+        InputError: there is no such column, or no row is for training.
+    """
+    if column not in rows.column_names:
+        raise InputError(f"split_column_name: there is no column {column}; there are {', '.join(rows.column_names)}.")
+    values = np.array(rows[column])
+    found = {split: rows.select(np.flatnonzero(values == split)) for split in SPLITS if (values == split).any()}
+    if "train" not in found:
+        names = ", ".join(map(str, sorted(set(values.tolist()))[:5]))
+        raise InputError(f"split_column_name: no row of column {column} says train; they say {names}.")
+    return found
+
+
+def load_rows(arguments: DataArguments, keep=None) -> dict[str, Dataset | IterableDataset]:
+    """
+    The rows a recipe names, in order, with all their columns.
+
+    Args:
+        keep: `keep(rows, where)` chooses columns and rows of each source, or raises `InputError`.
 
     Returns:
-        `"train"` and, if any is held out, `"validation"`; each with the one column `text`.
+        `"train"`, `"validation"` if any is held out, and `"test"` if it is named.
 
     Raises:
         InputError: nothing is named, or what is named cannot be read; see the helpers above.
     """
+    keep = keep or (lambda rows, where: rows)
+    by_split = arguments.split_column_name
+    read = (lambda rows, where: rows) if by_split else keep
     if arguments.dataset_name:
-        documents = _load_dataset(arguments)
+        splits = _load_dataset(arguments, read)
     elif arguments.train_file:
-        documents = {"train": _load_files("train_file", arguments)}
+        splits = {"train": _load_files("train_file", arguments, read)}
     else:
         raise InputError("train_file: name a file to train on, or a dataset_name.")
-    if arguments.validation_file:
-        documents["validation"] = _load_files("validation_file", arguments)
-    if "validation" not in documents and arguments.validation_split_percentage > 0:
+    if by_split:
+        if arguments.streaming:
+            raise InputError("split_column_name: does not go with streaming; name a validation_file.")
+        splits = {split: keep(rows, split) for split, rows in _by_split(splits["train"], by_split).items()}
+    for split in SPLITS[1:]:
+        if getattr(arguments, f"{split}_file"):
+            splits[split] = _load_files(f"{split}_file", arguments, keep)
+    if "validation" not in splits and arguments.validation_split_percentage > 0:
         if arguments.streaming:
             raise InputError("streaming: name a validation_file, or set validation_split_percentage to 0.")
-        documents = hold_out(documents["train"], arguments.validation_split_percentage)
-    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
-    return {split: rows if limits[split] is None else rows.take(limits[split]) for split, rows in documents.items()}
+        splits |= hold_out(splits["train"], arguments.validation_split_percentage)
+    limits = {"train": arguments.max_train_samples}
+    return {
+        split: rows if (limit := limits.get(split, arguments.max_eval_samples)) is None else rows.take(limit)
+        for split, rows in splits.items()
+    }
+
+
+def load_documents(arguments: DataArguments) -> dict[str, Dataset | IterableDataset]:
+    """
+    The documents a recipe names, in order: `load_rows` with the one column `text`, none of them empty.
+
+    Raises:
+        InputError: see `load_rows`; or there is no text in them.
+    """
+    return load_rows(arguments, lambda rows, where: _only_text(rows, arguments.text_column_name, where))
 
 
 def data_sha256(arguments: DataArguments) -> str | None:
     """SHA-256 over the bytes of all named files in order; None for a dataset of the Hub."""
-    keys = [key for key in ("train_file", "validation_file") if getattr(arguments, key)]
+    keys = [f"{split}_file" for split in SPLITS if getattr(arguments, f"{split}_file")]
     if not keys:
         return None
     digest = hashlib.sha256()
