@@ -31,10 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(interruption, file=sys.stderr)
         return interruption.exit_code
     if parsed[2].process_index == 0:
-        bits = metrics.get("bits_per_byte")
-        held_out = "" if bits is None else f"{bits:.3f} bits per byte held out, "
+        summary = metrics["summary"] and metrics["summary"] + ", "
         print(
-            f"{held_out}{metrics['steps']:,} steps, {metrics['train_tokens']:,} tokens, "
+            f"{summary}{metrics['steps']:,} steps, {metrics['train_tokens']:,} tokens, "
             f"{metrics['total_seconds']:.0f} s -> {parsed[2].output_dir}"
         )
     return 0

@@ -1,32 +1,26 @@
 """A training run from recipe to finished folder: tokenizer, data, model, training, evaluation, card."""
 
+import itertools
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
-import torch
-from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import set_seed
 
-from ..configuration_hf_lm import HfLmConfig
 from ..data.arguments import DataArguments
-from ..data.collator import PackedCollator
-from ..data.documents import load_documents
-from ..data.packing import pack_documents
+from ..data.examples import show_example
 from ..errors import InputError
 from ..hub.push import PushCallback
-from ..modeling_hf_lm import HfLmForCausalLM
-from ..tokenization import train_tokenizer
 from .arguments import HfLmTrainingArguments, ModelArguments
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
 from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
 from .checkpoints import newest_valid, require_complete
-from .hardware import best_attention, keep_freed_memory
+from .hardware import keep_freed_memory
+from .tasks import task_class
 from .trainer import HfLmTrainer
 
 
@@ -75,78 +69,10 @@ def is_finished(checkpoint: str) -> bool:
     return state.global_step >= state.max_steps
 
 
-def build_tokenizer(model_arguments: ModelArguments, documents):
-    """The named tokenizer, the checkpoint's, or a new one trained on the documents."""
-    name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
-    if name is None:
-        texts = (row["text"] for row in documents)
-        return train_tokenizer(texts, vocab_size=model_arguments.vocab_size, kind=model_arguments.tokenizer_kind)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer_name: no tokenizer can be loaded from {name}: {error}") from error
-
-
-def build_model(model_arguments: ModelArguments, tokenizer, block_size: int, device: str) -> torch.nn.Module:
-    """A new model that fits the tokenizer, or the named checkpoint with its configuration overridden."""
-    attention = model_arguments.attn_implementation or best_attention(device, block_size)
-    fields = model_arguments.config_fields()
-    unknown = sorted(set(fields) - set(HfLmConfig.__dataclass_fields__))
-    if unknown and model_arguments.model_name_or_path is None:
-        raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}.")
-    if model_arguments.model_name_or_path is not None:
-        try:
-            config = AutoConfig.from_pretrained(model_arguments.model_name_or_path)
-            for name, value in fields.items():
-                setattr(config, name, value)
-            return AutoModelForCausalLM.from_pretrained(
-                model_arguments.model_name_or_path, config=config, attn_implementation=attention
-            )
-        except OSError as error:
-            raise InputError(f"model_name_or_path: {model_arguments.model_name_or_path}: {error}") from error
-    config = HfLmConfig(
-        attn_implementation=attention,
-        **{
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": block_size,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **fields,
-        },
-    )
-    model = HfLmForCausalLM(config)
-    special = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=min(256, block_size), **special
-    )
-    return model
-
-
-def build_trainer(model_arguments: ModelArguments, data_arguments: DataArguments, arguments, checkpoint: str | None):
-    """Tokenizer, data and model of a recipe, in a trainer that is ready to run."""
-    with arguments.main_process_first(desc="data"):  # the others read its cache
-        documents = load_documents(data_arguments)
-        if checkpoint:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        else:
-            tokenizer = build_tokenizer(model_arguments, documents["train"])
-        blocks = {name: pack_documents(rows, tokenizer, data_arguments.block_size) for name, rows in documents.items()}
-    model = build_model(model_arguments, tokenizer, data_arguments.block_size, arguments.device.type)
-    evaluation = blocks.get("validation")
-    if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
-        evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
-    if evaluation is None:
-        arguments.eval_strategy = "no"
-    return HfLmTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=blocks["train"],
-        eval_dataset=evaluation,
-        eval_bytes=None if evaluation is None else [int(size) for size in evaluation["num_bytes"]],
-        data_collator=PackedCollator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
+def show_examples(trainer: HfLmTrainer, count: int) -> None:
+    """Print the first training examples as the model sees them; what it does not learn to predict is dimmed."""
+    for row in itertools.islice(trainer.train_dataset, count):
+        print(show_example(row, trainer.processing_class, color=sys.stdout.isatty()) + "\n")
 
 
 def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
@@ -176,19 +102,6 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
         raise Interrupted(interrupt.signal, newest_valid(Path(trainer.args.output_dir)))
 
 
-def scores_of(trainer: HfLmTrainer) -> dict:
-    """The last training loss and, if something is held out, the numbers on it."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    scores = {"train_loss": losses[-1] if losses else None}
-    if trainer.eval_dataset is not None:
-        held_out = trainer.evaluate()
-        names = ("bits_per_byte", "perplexity", "loss", "tokens")
-        numbers = {name if name[0] in "bp" else f"eval_{name}": held_out[f"eval_{name}"] for name in names}
-        interval = [held_out["eval_bits_per_byte_low"], held_out["eval_bits_per_byte_high"]]
-        scores = {**numbers, "bits_per_byte_interval": interval, **scores}
-    return scores
-
-
 def train(
     model_arguments: ModelArguments, data_arguments: DataArguments, training_arguments: HfLmTrainingArguments
 ) -> dict:
@@ -196,7 +109,8 @@ def train(
     Run a recipe.
 
     Returns:
-        What `metrics.json` holds: `bits_per_byte`, `perplexity`, `eval_loss` (nats per token), tokens, seconds, ...
+        What `metrics.json` holds: `bits_per_byte`, `perplexity`, `eval_loss` (nats per token), tokens, seconds, ...; and
+        `summary`, the main number in words.
 
     Raises:
         InputError: something in the recipe, the data or the folders is wrong; nothing was overwritten.
@@ -209,14 +123,18 @@ def train(
     set_seed(training_arguments.seed)
     keep_freed_memory()
     recipe = recipe_of(model_arguments, data_arguments, training_arguments)
-    trainer = build_trainer(model_arguments, data_arguments, training_arguments, checkpoint)
+    task = task_class(data_arguments.task)(model_arguments, data_arguments, training_arguments)
+    trainer = task.build_trainer(checkpoint)
     if trainer.is_world_process_zero():  # from here on nothing in the recipe can be wrong
+        show_examples(trainer, data_arguments.show_examples)
         if training_arguments.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(folder, recipe)
     fit(trainer, checkpoint)
-    metrics = scores_of(trainer)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {"task": data_arguments.task, **task.scores(trainer), "train_loss": losses[-1] if losses else None}
     metrics |= describe(trainer, model_arguments, data_arguments, time.perf_counter() - start)
+    metrics["summary"] = task.summary(metrics)
     save_run(trainer, metrics)
     return metrics

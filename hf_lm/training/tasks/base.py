@@ -1,0 +1,145 @@
+"""What all tasks share: a tokenizer, blocks, a model, a trainer; named, or new."""
+
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ...configuration_hf_lm import HfLmConfig
+from ...data.arguments import DataArguments
+from ...data.collator import PackedCollator
+from ...data.documents import load_rows
+from ...errors import InputError
+from ...modeling_hf_lm import HfLmForCausalLM
+from ...tokenization import train_tokenizer
+from ..arguments import HfLmTrainingArguments, ModelArguments
+from ..hardware import best_attention
+from ..trainer import HfLmTrainer
+
+
+class Task:
+    """
+    From a recipe to a trainer that is ready to run. A task overrides what differs.
+
+    Attributes:
+        auto_class: loads an existing checkpoint.
+        model_class: makes a new model.
+        compute_metrics: the trainer's; None for loss, perplexity and bits per byte.
+    """
+
+    auto_class = AutoModelForCausalLM
+    model_class = HfLmForCausalLM
+    compute_metrics = None
+
+    def __init__(self, model: ModelArguments, data: DataArguments, training: HfLmTrainingArguments):
+        self.model_arguments, self.data_arguments, self.training_arguments = model, data, training
+
+    def load(self) -> dict[str, Dataset | IterableDataset]:
+        """Rows of `"train"`, `"validation"` and `"test"`, checked: an `InputError` names the missing column."""
+        return load_rows(self.data_arguments)
+
+    def texts(self, rows) -> Iterator[str]:
+        """What a new tokenizer learns from."""
+        raise NotImplementedError
+
+    def build_tokenizer(self, rows):
+        """The named tokenizer, the checkpoint's, or a new one trained on the rows."""
+        arguments = self.model_arguments
+        name = arguments.tokenizer_name or arguments.model_name_or_path
+        if name is None:
+            return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=arguments.tokenizer_kind)
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise InputError(f"tokenizer_name: no tokenizer can be loaded from {name}: {error}") from error
+
+    def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
+        """Rows of tokens for the collator, from rows of the data."""
+        raise NotImplementedError
+
+    def collator(self, tokenizer):
+        """What makes batches of encoded rows."""
+        return PackedCollator(tokenizer.pad_token_id)
+
+    def config_fields(self, tokenizer) -> dict:
+        """Fields of a new model's configuration, and of a loaded one's, that the task decides."""
+        return {}
+
+    def generation_defaults(self) -> dict:
+        """How a new model generates unless told otherwise."""
+        return {
+            "do_sample": True,
+            "temperature": 0.8,
+            "top_p": 0.95,
+            "max_new_tokens": min(256, self.data_arguments.block_size),
+        }
+
+    def build_model(self, tokenizer) -> torch.nn.Module:
+        """A new model that fits the tokenizer, or the named checkpoint with its configuration overridden."""
+        arguments, block_size = self.model_arguments, self.data_arguments.block_size
+        attention = arguments.attn_implementation or best_attention(self.training_arguments.device.type, block_size)
+        fields = self.config_fields(tokenizer) | arguments.config_fields()
+        if (name := arguments.model_name_or_path) is not None:
+            try:
+                config = AutoConfig.from_pretrained(name)
+                for field, value in fields.items():
+                    setattr(config, field, value)
+                return self.auto_class.from_pretrained(name, config=config, attn_implementation=attention)
+            except OSError as error:
+                raise InputError(f"model_name_or_path: {name}: {error}") from error
+        unknown = sorted(set(arguments.config_fields()) - set(HfLmConfig.__dataclass_fields__))
+        if unknown:
+            raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}.")
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": block_size}
+        config = HfLmConfig(attn_implementation=attention, **(sizes | special | fields))
+        model = self.model_class(config)
+        if model.can_generate():
+            special = {name: getattr(config, name) for name in special}
+            model.generation_config = GenerationConfig(**self.generation_defaults(), **special)
+        return model
+
+    def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
+        """Tokenizer, data and model in a trainer that is ready to run, or to go on from a checkpoint."""
+        arguments = self.training_arguments
+        with arguments.main_process_first(desc="data"):  # the others read its cache
+            self.rows = self.load()
+            tokenizer = (
+                AutoTokenizer.from_pretrained(checkpoint) if checkpoint else self.build_tokenizer(self.rows["train"])
+            )
+            encoded = {
+                split: self.encode(rows, tokenizer, split) for split, rows in self.rows.items() if split != "test"
+            }
+        model = self.build_model(tokenizer)
+        evaluation = encoded.get("validation")
+        if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
+            evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
+        if evaluation is None:
+            arguments.eval_strategy = "no"
+        sized = evaluation is not None and "num_bytes" in evaluation.column_names
+        return HfLmTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=encoded["train"],
+            eval_dataset=evaluation,
+            eval_bytes=[int(size) for size in evaluation["num_bytes"]] if sized else None,
+            data_collator=self.collator(tokenizer),
+            compute_metrics=self.compute_metrics,
+            processing_class=tokenizer,
+        )
+
+    def scores(self, trainer: HfLmTrainer) -> dict:
+        """The numbers on what was held out, for metrics.json; main ones first."""
+        if trainer.eval_dataset is None:
+            return {}
+        held_out = trainer.evaluate()
+        names = ("bits_per_byte", "perplexity", "loss", "tokens")
+        numbers = {name if name[0] in "bp" else f"eval_{name}": held_out[f"eval_{name}"] for name in names}
+        interval = [held_out["eval_bits_per_byte_low"], held_out["eval_bits_per_byte_high"]]
+        return {**numbers, "bits_per_byte_interval": interval}
+
+    def summary(self, metrics: dict) -> str:
+        """The main number, for the line that a person reads at the end."""
+        bits = metrics.get("bits_per_byte")
+        return "" if bits is None else f"{bits:.3f} bits per byte held out"
