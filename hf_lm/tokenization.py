@@ -1,8 +1,10 @@
 """Train a tokenizer on text: byte-level BPE, single characters, or bytes. Every string comes back as it was."""
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -105,3 +107,61 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, kind: str = "b
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
     )
+
+
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], new_tokens: int
+) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
+    """
+    A byte-level BPE tokenizer with the merges of another language behind its own.
+
+    Old tokens keep their ids, and a text in which no new merge occurs keeps its tokens. The new merges are learned on
+    what the old tokenizer makes of the texts: to the trainer, each of its tokens is one letter.
+
+    Args:
+        texts: what the merges are learned from.
+        new_tokens: how many are added, at most.
+
+    Returns:
+        The new tokenizer and, for each new token in order, the old tokens that it stands for.
+
+    Raises:
+        InputError: the tokenizer is no byte-level BPE, or `new_tokens` is not positive.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = backend["model"].get("vocab")
+    if backend["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(backend["decoder"]):
+        raise InputError("extend_vocab_size: only a byte-level BPE tokenizer can be extended.")
+    if new_tokens < 1:
+        raise InputError(f"extend_vocab_size: must be at least 1, got {new_tokens}.")
+
+    first_letter = 0x10000  # beyond white space and surrogates
+
+    def spelled() -> Iterator[str]:
+        for piece in (piece for text in texts for piece in cut(text)):
+            encoding = tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False)
+            pairs = zip(encoding.word_ids, encoding.ids, strict=True)
+            words = (
+                "".join(chr(first_letter + i) for _, i in word) for _, word in groupby(pairs, key=lambda pair: pair[0])
+            )
+            yield " ".join(words)
+
+    lines = list(spelled())
+    letters = set().union(*lines) - {" "}
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=len(letters) + new_tokens, show_progress=False)
+    learner.train_from_iterator(lines, trainer)
+
+    content = {index: token for token, index in vocabulary.items()}
+    next_id, parts = len(tokenizer), []
+    for merge in json.loads(learner.to_str())["model"]["merges"]:
+        left, right = ([ord(letter) - first_letter for letter in side] for side in merge)
+        names = ["".join(content[index] for index in side) for side in (left, right)]
+        backend["model"]["merges"].append(names)
+        if "".join(names) not in vocabulary:
+            vocabulary["".join(names)] = next_id + len(parts)
+            parts.append(left + right)
+    extended = copy.deepcopy(tokenizer)
+    extended._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    return extended, parts

@@ -19,6 +19,13 @@ class DataArguments:
     test_file: list[str] | None = field(
         default=None, metadata={"help": "the same, for the scores at the very end: nothing is chosen by it"}
     )
+    control_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "text that a continued model should not forget: scored before and after the training"},
+    )
+    control_split_percentage: float = field(
+        default=0.0, metadata={"help": "score only the last so many per cent of control_file; 0: all of it"}
+    )
     split_column_name: str | None = field(
         default=None, metadata={"help": "column that says of each row of train_file: train, validation or test"}
     )
@@ -47,7 +54,7 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many held-out documents"})
 
     def __post_init__(self):
-        for name in ("train_file", "validation_file", "test_file"):
+        for name in ("train_file", "validation_file", "test_file", "control_file"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else value)
         if not 0 <= self.validation_split_percentage < 100:

@@ -33,7 +33,9 @@ class ModelArguments:
         default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the fastest for the device"}
     )
     tokenizer_kind: str = field(default="bpe", metadata={"help": "a new tokenizer's kind: bpe, byte or char"})
-
+    extend_vocab_size: int | None = field(
+        default=None, metadata={"help": "add so many tokens for the training text to the checkpoint's tokenizer"}
+    )
     license: str | None = field(default=None, metadata={"help": "licence of the resulting model, for its card"})
     language: str | None = field(default=None, metadata={"help": "language of the text, as en or zh, for the card"})
 

@@ -12,10 +12,27 @@ from ...data.collator import PackedCollator
 from ...data.documents import load_rows
 from ...errors import InputError
 from ...modeling_hf_lm import HfLmForCausalLM
-from ...tokenization import train_tokenizer
+from ...tokenization import extend_tokenizer, train_tokenizer
 from ..arguments import HfLmTrainingArguments, ModelArguments
 from ..hardware import best_attention
 from ..trainer import HfLmTrainer
+
+
+@torch.no_grad()
+def add_embeddings(model: torch.nn.Module, count: int, stands_for: list[list[int]]) -> None:
+    """
+    Enlarge the embedding (and the head) to `count` tokens.
+
+    Args:
+        stands_for: the old tokens that each of the first new ones replaces; it starts as their mean. The rest starts as
+            the library has it: drawn around the mean of all (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    old = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(count)
+    head = model.get_output_embeddings()
+    for layer in (model.get_input_embeddings(), head):
+        for number, parts in enumerate(stands_for if layer is not None else []):
+            layer.weight[old + number] = layer.weight[parts].mean(dim=0)
 
 
 class Task:
@@ -34,6 +51,7 @@ class Task:
 
     def __init__(self, model: ModelArguments, data: DataArguments, training: HfLmTrainingArguments):
         self.model_arguments, self.data_arguments, self.training_arguments = model, data, training
+        self.stands_for: list[list[int]] = []  # for each token added to a tokenizer: the old ones it replaces
 
     def load(self) -> dict[str, Dataset | IterableDataset]:
         """Rows of `"train"`, `"validation"` and `"test"`, checked: an `InputError` names the missing column."""
@@ -50,9 +68,12 @@ class Task:
         if name is None:
             return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=arguments.tokenizer_kind)
         try:
-            return AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise InputError(f"tokenizer_name: no tokenizer can be loaded from {name}: {error}") from error
+        if arguments.extend_vocab_size is not None:
+            tokenizer, self.stands_for = extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
+        return tokenizer
 
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
         """Rows of tokens for the collator, from rows of the data."""
@@ -85,9 +106,12 @@ class Task:
                 config = AutoConfig.from_pretrained(name)
                 for field, value in fields.items():
                     setattr(config, field, value)
-                return self.auto_class.from_pretrained(name, config=config, attn_implementation=attention)
+                model = self.auto_class.from_pretrained(name, config=config, attn_implementation=attention)
             except OSError as error:
                 raise InputError(f"model_name_or_path: {name}: {error}") from error
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                add_embeddings(model, len(tokenizer), self.stands_for)
+            return model
         unknown = sorted(set(arguments.config_fields()) - set(HfLmConfig.__dataclass_fields__))
         if unknown:
             raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}.")
