@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from hf_lm import tokenization
 from hf_lm.cli import main
 from hf_lm.errors import InputError
-from hf_lm.tokenization import KINDS, cut, may_be_cut, train_tokenizer
+from hf_lm.tokenization import KINDS, cut, extend_tokenizer, may_be_cut, train_tokenizer
 
 TEXT = "Call me Ishmael. 白鲸在海里。 Some years ago, never mind how long precisely! 🐋 "
 # Every code point that UTF-8 can hold: surrogates cannot be written at all.
@@ -118,6 +118,25 @@ def test_tokenizers_that_look_across_white_space_are_not_given_pieces():
         tokenizer = variant()
         tokenizer.add_tokens([token])
         assert not may_be_cut(tokenizer)
+
+
+def test_an_extended_tokenizer_keeps_its_tokens_and_learns_a_language(moby_dick, tmp_path):
+    base = train_tokenizer([moby_dick[:100_000]], vocab_size=600)
+    poem = "春风得意马蹄疾，一日看尽长安花。\n" * 3 + "春眠不觉晓，处处闻啼鸟。\n" * 3
+    extended, stands_for = extend_tokenizer(base, [poem], 40)
+    assert len(extended) == len(base) + len(stands_for) == 640
+    english = moby_dick[100_000:120_000]
+    assert extended(english).input_ids == base(english).input_ids
+    assert len(extended(poem).input_ids) < len(base(poem).input_ids) / 2
+    extended.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    ids = loaded(poem, add_special_tokens=False).input_ids
+    assert loaded(poem).input_ids == extended(poem).input_ids and loaded.decode(ids) == poem
+    replaced = [old for token in ids for old in (stands_for[token - 600] if token >= 600 else [token])]
+    assert replaced == base(poem, add_special_tokens=False).input_ids
+    assert loaded.eos_token_id == base.eos_token_id
+    with pytest.raises(InputError, match="at least 1"):
+        extend_tokenizer(base, [poem], 0)
 
 
 @pytest.mark.parametrize(

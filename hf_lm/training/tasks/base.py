@@ -43,11 +43,13 @@ class Task:
         auto_class: loads an existing checkpoint.
         model_class: makes a new model.
         compute_metrics: the trainer's; None for loss, perplexity and bits per byte.
+        row_likelihoods: the trainer's: what `compute_metrics` gets.
     """
 
     auto_class = AutoModelForCausalLM
     model_class = HfLmForCausalLM
     compute_metrics = None
+    row_likelihoods = False
 
     def __init__(self, model: ModelArguments, data: DataArguments, training: HfLmTrainingArguments):
         self.model_arguments, self.data_arguments, self.training_arguments = model, data, training
@@ -66,6 +68,8 @@ class Task:
         arguments = self.model_arguments
         name = arguments.tokenizer_name or arguments.model_name_or_path
         if name is None:
+            if arguments.extend_vocab_size is not None:
+                raise InputError("extend_vocab_size: needs a model_name_or_path whose tokenizer is extended.")
             return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=arguments.tokenizer_kind)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -103,10 +107,12 @@ class Task:
         fields = self.config_fields(tokenizer) | arguments.config_fields()
         if (name := arguments.model_name_or_path) is not None:
             try:
-                config = AutoConfig.from_pretrained(name)
+                config = getattr(self.auto_class, "config_class", AutoConfig).from_pretrained(name)
                 for field, value in fields.items():
                     setattr(config, field, value)
-                model = self.auto_class.from_pretrained(name, config=config, attn_implementation=attention)
+                model = self.auto_class.from_pretrained(
+                    name, config=config, attn_implementation=attention, dtype=torch.float32
+                )
             except OSError as error:
                 raise InputError(f"model_name_or_path: {name}: {error}") from error
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -150,6 +156,7 @@ class Task:
             eval_bytes=[int(size) for size in evaluation["num_bytes"]] if sized else None,
             data_collator=self.collator(tokenizer),
             compute_metrics=self.compute_metrics,
+            row_likelihoods=self.row_likelihoods,
             processing_class=tokenizer,
         )
 

@@ -1,0 +1,70 @@
+"""Continued pre-training: a checkpoint learns a new language; what it knew is watched."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_lm.errors import InputError
+from hf_lm.training.arguments import parse_recipe
+from hf_lm.training.run import train
+
+POEMS = "春风得意马蹄疾，一日看尽长安花。\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n" * 40
+
+
+@pytest.fixture
+def base(recipe, tmp_path):
+    train(*parse_recipe(recipe(output_dir=str(tmp_path / "base"), max_steps=4), []))
+    (tmp_path / "poems.txt").write_text(POEMS, encoding="utf-8")
+    return tmp_path / "base"
+
+
+def continued(recipe, tmp_path, base, **changes):
+    keys = {
+        "model_name_or_path": str(base),
+        "train_file": str(tmp_path / "poems.txt"),
+        "control_file": [str(tmp_path / "book.txt")],
+        "control_split_percentage": 10,
+        "extend_vocab_size": 50,
+        "sample_prompts": None,
+        **changes,
+    }
+    path = recipe(**keys)
+    return parse_recipe(path, [])
+
+
+def test_a_new_language_is_learned_and_the_old_one_measured(recipe, tmp_path, base):
+    recipe_keys = continued(recipe, tmp_path, base)
+    recipe_keys[0].config_overrides = None
+    metrics = train(*recipe_keys)
+    old = AutoModelForCausalLM.from_pretrained(base)
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    rows = old.config.vocab_size
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == new.config.vocab_size == rows + 50
+    assert metrics["bits_per_byte"] < metrics["bits_per_byte_before"]
+    assert metrics["control_bits_per_byte"] != metrics["control_bits_per_byte_before"]
+    assert "held out" in metrics["summary"] and "control_file" in metrics["summary"]
+
+
+def test_new_embeddings_start_as_the_mean_of_what_they_replace(recipe, tmp_path, base):
+    from hf_lm.training.tasks import task_class
+
+    model_arguments, data, training = continued(recipe, tmp_path, base)
+    model_arguments.config_overrides = None
+    task = task_class("causal-lm")(model_arguments, data, training)
+    trainer = task.build_trainer(None)
+    old, new = (
+        model.get_input_embeddings().weight for model in (AutoModelForCausalLM.from_pretrained(base), trainer.model)
+    )
+    assert torch.equal(new[: len(old)], old)
+    for number, parts in enumerate(task.stands_for):
+        assert torch.allclose(new[len(old) + number], new[parts].mean(dim=0), atol=1e-6)
+
+
+def test_mistakes_are_named(recipe, tmp_path, base):
+    for changes, message in (
+        ({"model_name_or_path": None, "extend_vocab_size": None}, "control_file: needs a model_name_or_path"),
+        ({"model_name_or_path": None, "control_file": None}, "extend_vocab_size: needs"),
+        ({"control_file": ["none.txt"]}, "none.txt does not exist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(*continued(recipe, tmp_path, base, **changes))
