@@ -21,6 +21,7 @@ COMMANDS = {
     "score": ("score", "log-probability of sentences and of each of their tokens"),
     "probe": ("probe", "minimal pairs of English grammar, against chance and a trigram model"),
     "lm-eval": ("lm_eval", "run tasks of the lm-evaluation-harness"),
+    "serve": ("serve", "serve a model over HTTP by OpenAI's protocol"),
     "inspect": ("inspect_", "look inside: attention, logit lens, attributions, head ablation as a page"),
     "import": ("import_", "make an hf_lm folder of a Llama, Qwen, Mistral, GPT-2, ... checkpoint"),
     "export": ("export", "hand a model on as a native checkpoint, GGUF or ONNX"),
