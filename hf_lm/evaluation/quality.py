@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.packing import segments
-from .text import context_prefix, score_windows
+from ..data.packing import IGNORED
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
@@ -32,15 +31,22 @@ def _signed_confidence(model: nn.Module, input_ids: torch.Tensor, labels: torch.
     return nn.functional.pad(torch.where(guess == labels[:, 1:], confidence, -confidence), (1, 0))
 
 
-def token_calibration(model: nn.Module, tokenizer, texts: Iterable[str], block_size: int, batch_size: int = 8) -> dict:
+def token_calibration(model: nn.Module, batches: Iterable[dict]) -> dict:
     """
     How right a language model is when it is sure of the next token.
+
+    Args:
+        batches: the model's inputs, with `labels`, which are -100 where nothing is counted.
 
     Returns:
         `ece` (see above), `accuracy` of the likeliest token, its mean `confidence`, `tokens`.
     """
-    windows = segments(texts, tokenizer, block_size, context_prefix(tokenizer))
-    signed = np.concatenate(list(score_windows(model, windows, batch_size, measure=_signed_confidence)))
+    counted = []
+    for batch in batches:
+        batch = {name: values.to(model.device) for name, values in batch.items()}
+        signed = _signed_confidence(model, **batch)[:, 1:]
+        counted.append(signed[batch["labels"][:, 1:] != IGNORED].double().cpu().numpy())
+    signed = np.concatenate(counted)
     confidence, correct = np.abs(signed), signed > 0
     return {
         "ece": expected_calibration_error(confidence, correct),
@@ -113,12 +119,13 @@ def longest_overlap(samples: Sequence[str], text: str) -> str:
 
 def sample_quality(samples: Sequence[str], training_text: str) -> dict:
     """
-    What a report says of generated samples: `repetition`, `distinct_1` and `distinct_2` over words, and the longest
-    stretch copied from the training text: `overlap`, its text, and `overlap_characters`.
+    What a report says of generated samples: how many, `repetition`, `distinct_1` and `distinct_2` over words, and the
+    longest stretch copied from the training text: `overlap`, its text, and `overlap_characters`.
     """
     words = [sample.split() for sample in samples]
     overlap = longest_overlap(samples, training_text)
     return {
+        "samples": len(samples),
         "repetition": repetition(words),
         "distinct_1": distinct_n(words, 1),
         "distinct_2": distinct_n(words, 2),
