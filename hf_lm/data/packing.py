@@ -35,6 +35,7 @@ from ..tokenization import cut, may_be_cut
 VERSION = 2  # raise it when blocks change: it is part of the cache's key
 BATCH = 1 << 20  # characters tokenised at once: bounds the memory, whatever the length of the documents
 ROWS = 1000  # blocks written at once
+DOCUMENTS = 100  # so many for each reader of a stream make the readers' shares about equal
 IGNORED = -100
 FEATURES = Features(
     {
@@ -176,6 +177,14 @@ def _blocks(documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> I
         yield {**block, "num_bytes": int(sum(part["sizes"].sum() for part in group))}
 
 
+def _blocks_of_shares(documents: IterableDataset, shares: list[int], readers: int, **options) -> Iterator[dict]:
+    """The blocks of every `readers`-th document from `share` on, for each share."""
+    for share in shares:
+        # `iter`, unlike `__iter__`, does not divide the files among loader workers: the shares already do
+        texts = (text for batch in documents.iter(16) for text in batch["text"])
+        yield from _blocks(({"text": text} for text in islice(texts, share, None, readers)), **options)
+
+
 @dataclass
 class PackedBlocksConfig(BuilderConfig):
     """What is packed."""
@@ -217,7 +226,7 @@ def _cache_key(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_siz
 
 
 def pack_documents(
-    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, readers: int = 1
 ) -> Dataset | IterableDataset:
     """
     Tokenise documents and pack them into blocks; nothing is dropped, so the last block is shorter.
@@ -228,6 +237,8 @@ def pack_documents(
     Args:
         documents: rows with a `text`.
         block_size: tokens of a block.
+        readers: processes times loader workers that a stream is shared among. Each packs documents of its own (one
+            shard of the result); if there are less than a hundred for each, there is one shard for all.
 
     Returns:
         Rows of `input_ids`, `labels`, `position_ids` (each `(block,)`) and `num_bytes`, the UTF-8 bytes that the
@@ -240,7 +251,10 @@ def pack_documents(
         raise InputError(f"block_size: {block_size} leaves no room for a token to predict.")
     arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
     if isinstance(documents, IterableDataset):
-        return IterableDataset.from_generator(_blocks, features=FEATURES, gen_kwargs=arguments)
+        enough = readers * DOCUMENTS
+        readers = readers if readers > 1 and sum(1 for _ in islice(documents, enough)) == enough else 1
+        arguments |= {"shares": list(range(readers)), "readers": readers}
+        return IterableDataset.from_generator(_blocks_of_shares, features=FEATURES, gen_kwargs=arguments)
     key = _cache_key(documents, tokenizer, block_size)
     builder = PackedBlocks(dataset_name="hf_lm_blocks", config_id=key, **arguments)
     builder.download_and_prepare()

@@ -27,7 +27,9 @@ class LanguageModeling(Task):
         return (row["text"] for row in rows)
 
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
-        return pack_documents(rows, tokenizer, self.data_arguments.block_size)
+        arguments = self.training_arguments
+        readers = arguments.world_size * max(arguments.dataloader_num_workers, 1) if split == "train" else 1
+        return pack_documents(rows, tokenizer, self.data_arguments.block_size, readers)
 
     def build_trainer(self, checkpoint: str | None):
         data, base = self.data_arguments, self.model_arguments.model_name_or_path
