@@ -36,6 +36,13 @@ class ModelArguments:
     extend_vocab_size: int | None = field(
         default=None, metadata={"help": "add so many tokens for the training text to the checkpoint's tokenizer"}
     )
+    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all weights"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=32, metadata={"help": "its update is scaled by lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapter"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the layers that get one; default: all linear layers but the head"}
+    )
     license: str | None = field(default=None, metadata={"help": "licence of the resulting model, for its card"})
     language: str | None = field(default=None, metadata={"help": "language of the text, as en or zh, for the card"})
 
@@ -82,6 +89,9 @@ class HfLmTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "texts to continue at each evaluation; an empty one starts a document"}
     )
     sample_tokens: int = field(default=64, metadata={"help": "length of these samples, in tokens"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a new best metric_for_best_model"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "delete the run that output_dir holds and start anew"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
@@ -91,25 +101,49 @@ class HfLmTrainingArguments(TrainingArguments):
     allow_changes: bool = field(
         default=False, metadata={"help": "resume although arguments differ from the saved run"}
     )
+    restart_missing_state: bool = field(
+        default=False, metadata={"help": "resume although state is missing (optimizer, ...): it starts anew"}
+    )
+    on_divergence: str = field(
+        default="stop",
+        metadata={
+            "help": "when loss or gradients are NaN or infinite: stop, skip the batch, or rollback to the last "
+            "checkpoint's weights and go on with the next batch"
+        },
+    )
+    max_divergences: int = field(default=10, metadata={"help": "stop after more than so many of them"})
+    spike_factor: float | None = field(
+        default=None, metadata={"help": "a loss so many times the mean of the last ones counts as diverged too"}
+    )
 
     # What must not change between a run and its continuation: everything that decides the weights.
     DECISIVE: ClassVar[tuple[str, ...]] = (
         "learning_rate", "muon_learning_rate", "lr_scheduler_type", "lr_decay_ratio", "warmup_steps", "max_steps",
         "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1",
         "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16", "world_size",
-        "train_sampling_strategy",
+        "train_sampling_strategy", "early_stopping_patience",
     )  # fmt: skip
+
+    also_decisive: ClassVar[dict] = {}  # keys of model and data, where a recipe is run
 
     def decisive(self) -> dict:
         """The arguments that decide the weights, as a checkpoint's manifest keeps them."""
         values = {name: getattr(self, name) for name in self.DECISIVE}
-        return {name: getattr(value, "value", value) for name, value in values.items()}
+        return {name: getattr(value, "value", value) for name, value in values.items()} | self.also_decisive
 
     def __post_init__(self):
         device = "cpu" if self.use_cpu else device_type()
+        if self.on_divergence not in ("stop", "skip", "rollback"):
+            raise InputError(f"on_divergence: must be stop, skip or rollback, got {self.on_divergence!r}.")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise InputError(f"spike_factor: must be more than 1, got {self.spike_factor}.")
         self.use_cpu = device == "cpu"  # upstream takes bfloat16 on a CPU only when told that it is one
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_fast_bfloat16(device)
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise InputError(f"early_stopping_patience: must be at least 1, got {self.early_stopping_patience}.")
+            self.load_best_model_at_end = True
         super().__post_init__()
 
 

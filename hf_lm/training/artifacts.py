@@ -21,7 +21,7 @@ from .trainer import HfLmTrainer
 RECIPE_FILE = "recipe.yaml"  # what a folder must hold to count as one of our runs
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "hf-lm")
 # Not part of a recipe: what is asked of one run of it, and what the machine decides.
-NOT_IN_RECIPE = {"overwrite", "resume", "allow_changes", "use_cpu", "do_eval"}
+NOT_IN_RECIPE = {"overwrite", "resume", "allow_changes", "restart_missing_state", "use_cpu", "do_eval"}
 
 
 def recipe_of(*arguments) -> dict:
@@ -76,6 +76,7 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
     facts = {
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
+        "divergences": trainer.watch.count,
         "train_tokens": trainer.train_tokens,
         "train_seconds": trainer.train_seconds,
         "train_tokens_per_second": trainer.train_tokens / max(trainer.train_seconds, 1e-9),

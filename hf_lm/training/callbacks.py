@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
@@ -38,7 +39,8 @@ class HfLmProgressCallback(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
             return
-        names = {"loss": "loss", "eval_loss": "eval_loss", "eval_bits_per_byte": "bits_per_byte"}
+        names = {"loss": "loss", "eval_loss": "eval_loss"}
+        names |= {f"eval_{name}": name for name in ("bits_per_byte", "accuracy")}
         self.shown.update({names[key]: f"{value:.3f}" for key, value in logs.items() if key in names})
         if "loss" in logs:
             seconds = time.perf_counter() - self.started
@@ -83,12 +85,16 @@ class InterruptCallback(TrainerCallback):
     """
     SIGINT (Ctrl-C) and SIGTERM end the run after the current step, with a checkpoint; a second signal ends it at once.
 
-    `self.signal` is the signal that came, or None.
+    Several processes agree at the end of each step: a signal that only one of them got stops all at the same step.
+
+    `self.signal` is the signal that ends the run, or None.
     """
 
     def __init__(self):
         self.signal: int | None = None
+        self._received: int | None = None
         self._previous = {}
+        self._saved_step = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -98,20 +104,37 @@ class InterruptCallback(TrainerCallback):
                 return
 
     def _handle(self, number, frame):
-        self.signal = number
-        self._restore()
+        self._received = number
+        self.restore()
 
-    def _restore(self):
+    def restore(self) -> None:
+        """Give the signals back to whoever handled them before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.signal = self._received
+        if args.world_size > 1:
+            self.signal = int(gather(torch.tensor([self.signal or 0], device=args.device)).max()) or None
         if self.signal is not None:
-            control.should_save = True
-            control.should_evaluate = False
             control.should_training_stop = True
+            # What decides the best checkpoint is not left out: the run that goes on from here would not make up for it.
+            control.should_evaluate = control.should_evaluate and args.metric_for_best_model is not None
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved_step = state.global_step
+        if self.signal is not None:  # it is saved; upstream's end would load the best and might delete all others
+            state.best_model_checkpoint = None
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Upstream comes here when it stops, with everything that the step asked for done."""
+        if self.signal is not None:
+            control.should_save = self._saved_step != state.global_step
+            complete = state.epoch % 1 == 0 and args.save_strategy != "best"  # which might refuse to save
+            control.should_evaluate = control.should_evaluate and complete
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._restore()
+        self.restore()

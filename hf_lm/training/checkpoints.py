@@ -9,9 +9,15 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
+from torch.serialization import get_crc32_options, set_crc32_options
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..errors import InputError
@@ -19,22 +25,31 @@ from ..errors import InputError
 MANIFEST = "manifest.json"
 ASIDE = ".saving"
 # What exact resumption needs, and what is lost without it.
-NEEDED = {
+NEEDED = {"trainer_state.json": "the step", "*.safetensors*": "the weights"}
+CAN_START_ANEW = {
     "optimizer.pt": "the optimizer's state",
     "scheduler.pt": "the place in the learning-rate schedule",
-    "trainer_state.json": "the step",
     "rng_state*.pth": "the random number generators' state",
-    "*.safetensors*": "the weights",
 }
+PROGRESS = "progress"  # entry of the manifest: the place in the data, and counts
 
 
 def _hash_and_sync(path: Path) -> dict:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def without_crc32() -> Iterator[None]:
+    """`torch.save` without a CRC-32 of each tensor: it takes longer than the SHA-256 that the manifest has instead."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -56,8 +71,10 @@ def seal(folder: Path, target: Path, **facts) -> None:
         facts: further entries of the manifest (step, arguments, ...).
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as threads:  # hashing and waiting for the disk both leave Python to the others
+        written = list(threads.map(_hash_and_sync, files))
     manifest = {
-        "files": {str(path.relative_to(folder)): _hash_and_sync(path) for path in files},
+        "files": {str(path.relative_to(folder)): facts for path, facts in zip(files, written, strict=True)},
         "versions": {name: version(name) for name in ("torch", "transformers", "hf-lm")},
         **facts,
     }
@@ -66,9 +83,26 @@ def seal(folder: Path, target: Path, **facts) -> None:
     _hash_and_sync(path)
     _sync_folder(folder)
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, folder.with_name(f"old-{target.name}"))
     os.rename(folder, target)
     _sync_folder(target.parent)
+
+
+def rotate(run: Path, limit: int | None, keep: list[Path]) -> None:
+    """
+    Delete the oldest checkpoints of a run until `limit` valid ones are left, each of them in one move.
+
+    Args:
+        limit: None or 0 for no limit.
+        keep: what stays in any case: the one just written, the best one.
+    """
+    folders = [Path(name) for name in sort_checkpoints(str(run), PREFIX_CHECKPOINT_DIR, use_mtime=False)]
+    whole = [folder for folder in folders if damage(folder, contents=False) is None]
+    too_many = len(whole) - limit if limit else 0
+    (run / ASIDE).mkdir(exist_ok=True)
+    for folder in [folder for folder in whole if folder not in keep][: max(too_many, 0)]:
+        os.rename(folder, run / ASIDE / folder.name)
+    shutil.rmtree(run / ASIDE, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -76,8 +110,13 @@ def read_manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, in a few words; None if it is as it was written."""
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """
+    Why a checkpoint cannot be trusted, in a few words; None if it is as it was written.
+
+    Args:
+        contents: look at every byte; else only at which files there are, and at their sizes.
+    """
     try:
         listed = read_manifest(folder)["files"]
         for name, expected in listed.items():
@@ -86,7 +125,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-            if _hash_and_sync(path)["sha256"] != expected["sha256"]:
+            if contents and _hash_and_sync(path)["sha256"] != expected["sha256"]:
                 return f"{name} was changed (its SHA-256 differs)"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
@@ -115,19 +154,64 @@ def newest_valid(run: Path, report=print) -> Path | None:
     return None
 
 
-def require_complete(folder: Path, arguments: dict, allow_changes: bool = False) -> None:
+def require_complete(
+    folder: Path, arguments: dict, allow_changes: bool = False, restart_missing_state: bool = False, report=print
+) -> None:
     """
     Refuse to go on from a checkpoint that lacks a part of the run's state or was made with other settings.
+
+    Args:
+        restart_missing_state: let parts start anew that can; `report` is told which.
 
     Raises:
         InputError: naming what is missing, or each argument with its old and new value.
     """
-    missing = [what for pattern, what in NEEDED.items() if not any(folder.glob(pattern))]
+    manifest = read_manifest(folder)
+    lost = [what for pattern, what in NEEDED.items() if not any(folder.glob(pattern))]
+    if lost:
+        raise InputError(f"{folder} lacks {', '.join(lost)}: the run cannot go on from it.")
+    missing = [what for pattern, what in CAN_START_ANEW.items() if not any(folder.glob(pattern))]
+    missing += [] if PROGRESS in manifest else ["the place in the data"]
+    if missing and not restart_missing_state:
+        raise InputError(
+            f"{folder} lacks {', '.join(missing)}: the run cannot go on exactly from it. Add --restart_missing_state "
+            "to start these anew."
+        )
     if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing)}: the run cannot go on exactly from it.")
-    saved = read_manifest(folder).get("arguments", {})
+        report(f"{folder} lacks {', '.join(missing)}: the run goes on with these started anew.")
+    saved = manifest.get("arguments", {})
     changed = [f"{key} {saved[key]!r} -> {arguments.get(key)!r}" for key in saved if saved[key] != arguments.get(key)]
     if changed and not allow_changes:
         raise InputError(
             f"{folder} was made with other arguments: {'; '.join(changed)}. Restore them, or add --allow_changes."
         )
+
+
+def checkpoint_to_resume(arguments) -> Path:
+    """
+    The newest valid checkpoint in `output_dir`; one process looks, all learn what it found.
+
+    Args:
+        arguments: `HfLmTrainingArguments`.
+
+    Raises:
+        InputError: there is none, or see `require_complete`.
+    """
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    found: list = [None, None]
+    if arguments.process_index == 0:
+        try:
+            found[0] = newest_valid(Path(arguments.output_dir), report)
+            if found[0] is None:
+                raise InputError(f"output_dir: {arguments.output_dir} holds no valid checkpoint to resume from.")
+            choices = (arguments.allow_changes, arguments.restart_missing_state)
+            require_complete(found[0], arguments.decisive(), *choices, report)
+        except InputError as error:
+            found[1] = error
+    checkpoint, error = broadcast_object_list(found)
+    if error is not None:
+        raise error
+    return checkpoint

@@ -5,11 +5,12 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.trainer_utils import set_seed
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from ..data.arguments import DataArguments
 from ..data.examples import show_example
@@ -18,10 +19,16 @@ from ..hub.push import PushCallback
 from .arguments import HfLmTrainingArguments, ModelArguments
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
 from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
-from .checkpoints import newest_valid, require_complete
+from .checkpoints import checkpoint_to_resume
 from .hardware import keep_freed_memory
 from .tasks import task_class
 from .trainer import HfLmTrainer
+
+# Keys of model and data that a run may change on the way: they do not touch what it trains on.
+FREE_TO_CHANGE = {
+    "license", "language", "data_license", "show_examples", "validation_file", "test_file", "max_eval_samples",
+}  # fmt: skip
+STOPPER_COUNT = "early_stopping_patience_counter"  # of upstream's callback, as checkpoints hold it
 
 
 class Interrupted(Exception):
@@ -49,11 +56,7 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     if arguments.overwrite and arguments.resume:
         raise InputError("overwrite and resume exclude each other.")
     if arguments.resume:
-        checkpoint = newest_valid(folder, report=lambda line: print(line, file=sys.stderr))
-        if checkpoint is None:
-            raise InputError(f"output_dir: {folder} holds no valid checkpoint to resume from.")
-        require_complete(checkpoint, arguments.decisive(), arguments.allow_changes)
-        return str(checkpoint)
+        return str(checkpoint_to_resume(arguments))
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     if not (folder / RECIPE_FILE).exists():
@@ -63,9 +66,11 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     return None
 
 
-def is_finished(checkpoint: str) -> bool:
-    """Whether the checkpoint is of the run's last step: the stock trainer would train one step more."""
-    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+def is_finished(state: TrainerState) -> bool:
+    """Whether a checkpoint's state is of the run's last step: the stock trainer would train one step more."""
+    stopper = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    if stopper and stopper["attributes"][STOPPER_COUNT] >= stopper["args"]["early_stopping_patience"]:
+        return True
     return state.global_step >= state.max_steps
 
 
@@ -87,19 +92,28 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
         trainer.remove_callback(callback)
     for callback in (progress, SampleCallback(trainer, trainer.processing_class), interrupt, PushCallback()):
         trainer.add_callback(callback)
-    start = time.perf_counter()
-    if checkpoint and is_finished(checkpoint):
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else TrainerState()
+    if trainer.args.early_stopping_patience is not None:
+        stopper = EarlyStoppingCallback(trainer.args.early_stopping_patience)
+        saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        if saved:  # upstream would count from 0 again
+            stopper.early_stopping_patience_counter = saved["attributes"][STOPPER_COUNT]
+        trainer.add_callback(stopper)
+    if checkpoint and is_finished(state):
         print(f"The run of {checkpoint} has finished training; only what comes after is done.", file=sys.stderr)
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)
+        trainer.restore_progress(checkpoint)
+        trainer.state = state
     else:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             progress.close()
-    trainer.train_seconds = time.perf_counter() - start
+            interrupt.restore()
     if interrupt.signal is not None:
-        raise Interrupted(interrupt.signal, newest_valid(Path(trainer.args.output_dir)))
+        checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        raise Interrupted(interrupt.signal, os.path.join(trainer.args.output_dir, checkpoint))
 
 
 def train(
@@ -115,10 +129,12 @@ def train(
     Raises:
         InputError: something in the recipe, the data or the folders is wrong; nothing was overwritten.
         Interrupted: a signal ended the run; it was saved.
-        TrainingDiverged: the loss became NaN or infinite.
+        TrainingDiverged: loss or gradients became NaN or infinite.
     """
     start = time.perf_counter()
     folder = Path(training_arguments.output_dir)
+    keys = {**asdict(model_arguments), **asdict(data_arguments)}
+    training_arguments.also_decisive = {key: value for key, value in keys.items() if key not in FREE_TO_CHANGE}
     checkpoint = check_output_dir(training_arguments)
     set_seed(training_arguments.seed)
     keep_freed_memory()

@@ -1,26 +1,40 @@
 """`Trainer` with what language modelling needs: exact held-out numbers, Muon, a stop at the first NaN."""
 
-import math
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers.utils import logging
 
 from ..data.packing import IGNORED
+from ..data.streams import EndlessStream
+from ..errors import InputError
 from ..evaluation.text import TextScore, token_log_probabilities
 from .arguments import HfLmTrainingArguments
-from .checkpoints import ASIDE, seal
+from .checkpoints import (
+    ASIDE,
+    MANIFEST,
+    PROGRESS,
+    checkpoint_to_resume,
+    newest_valid,
+    read_manifest,
+    rotate,
+    seal,
+    without_crc32,
+)
+from .divergence import TrainingDiverged, Watch, norm_of, sampler_of
 from .optimizers import MuonAdamW
 
-
-class TrainingDiverged(RuntimeError):
-    """The loss became NaN or infinite: the run stops before the optimizer spoils the weights."""
+logger = logging.get_logger(__name__)
 
 
 class HfLmTrainer(Trainer):
@@ -30,23 +44,94 @@ class HfLmTrainer(Trainer):
     - `evaluate` weighs every token alike, so that its numbers (loss in nats per token, perplexity, bits per byte) do
       not depend on batch size or number of processes. A `compute_metrics` of your own takes its place.
     - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `MuonAdamW`).
-    - a checkpoint appears complete or not at all (see `checkpoints.py`).
-    - a NaN or infinite loss raises `TrainingDiverged` before the optimizer steps.
+    - a checkpoint appears complete or not at all (see `checkpoints.py`), and a run goes on from it to the same bits.
+      `train(resume_from_checkpoint=True)` takes the newest valid one.
+    - a NaN or infinite loss or gradient raises `TrainingDiverged` before the optimizer steps, or does what
+      `args.on_divergence` says.
+    - a stream is read over and over, and each process takes its share of it.
 
     Args:
         eval_bytes: UTF-8 bytes of the text that the tokens of each row of `eval_dataset` cover; without them no bits
             per byte.
+        row_likelihoods: what `compute_metrics` gets: of each row the negative log-likelihood of its labels, in nats,
+            and their number, instead of logits and labels.
     """
 
     args: HfLmTrainingArguments
 
-    def __init__(self, *args, eval_bytes: list[int] | None = None, **kwargs):
+    def __init__(self, *args, eval_bytes: list[int] | None = None, row_likelihoods: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.row_likelihoods = row_likelihoods or self.compute_metrics is None
         if self.compute_metrics is None:
             self.compute_metrics = self._language_modeling_metrics
         self.eval_bytes = eval_bytes
-        self.train_tokens = 0
+        self.train_tokens, self.train_seconds = 0, 0.0
+        self.watch = Watch(self)
+        self._losses: list[torch.Tensor] = []  # of the batches of the update under way
         self._saving_aside = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(checkpoint_to_resume(self.args))
+        if resume_from_checkpoint:
+            self.restore_progress(resume_from_checkpoint)
+        self._clock = time.perf_counter()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._count_time()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.train_seconds += now - self._clock
+        self._clock = now
+
+    def _rows(self) -> int | None:
+        return None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset)
+
+    def restore_progress(self, checkpoint: str) -> None:
+        """
+        Take up the counts that a checkpoint's manifest keeps (a checkpoint of the stock trainer has none).
+
+        Raises:
+            InputError: it was made with other data.
+        """
+        manifest = read_manifest(Path(checkpoint)) if Path(checkpoint, MANIFEST).exists() else {}
+        progress = manifest.get(PROGRESS)
+        if progress is None:
+            self.args.ignore_data_skip = self.args.restart_missing_state
+            return
+        if progress["rows"] != self._rows() and not self.args.allow_changes:
+            raise InputError(
+                f"{checkpoint} was made with {progress['rows']} rows of training data, there are {self._rows()} now. "
+                "Restore them, or add --allow_changes."
+            )
+        self.train_tokens, self.train_seconds = progress["tokens"], progress["seconds"]
+        self.watch.count = progress["divergences"]
+        self.watch.losses.extend(progress["losses"])
+
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        if not (is_training and isinstance(dataset, IterableDataset)):
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        loading = self.accelerator.dataloader_config
+        before, loading.dispatch_batches = loading.dispatch_batches, False  # each process reads its own share
+        try:
+            return super()._get_dataloader(EndlessStream(dataset), *args, is_training=True, **kwargs)
+        finally:
+            loading.dispatch_batches = before
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
+        # Upstream does not reach the sampler where it skips batches and splits them among processes.
+        sampler = sampler_of(train_dataloader)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        elif hasattr(sampler, "generator"):  # group_by_length: would draw from what a checkpoint restores too late
+            sampler.generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):  # whether somebody looks must not change the training's numbers
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -78,6 +163,9 @@ class HfLmTrainer(Trainer):
             self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _get_eval_sampler(self, eval_dataset) -> None:
+        """In order: our metrics count on it. (Upstream's follows `train_sampling_strategy`.)"""
+
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, ASIDE) if self._saving_aside else folder
@@ -85,45 +173,99 @@ class HfLmTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         run = Path(self._get_output_dir(trial))
+        if not self.accelerator.reduce(norm_of(self.model.parameters()), "mean").isfinite():
+            raise TrainingDiverged(
+                f"the weights are not finite at step {self.state.global_step}: {name} is not saved."
+            )
+        if self.args.should_save:
+            shutil.rmtree(run / ASIDE, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._saving_aside = True
         try:
-            super()._save_checkpoint(model, trial)
+            with without_crc32():
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._seal_checkpoint(run, name, limit)
+        except Exception as error:
+            shutil.rmtree(run / ASIDE, ignore_errors=True)
+            raise RuntimeError(f"{run / name} could not be saved, those before are whole: {error}") from error
         finally:
             self._saving_aside, self.args.save_total_limit = False, limit
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = run / ASIDE / name
-            if self.state.best_global_step:  # upstream looks for the best checkpoint beside the one being saved
-                self.state.best_model_checkpoint = str(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            seal(folder, run / name, step=self.state.global_step, arguments=self.args.decisive())
-            shutil.rmtree(run / ASIDE, ignore_errors=True)
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+
+    def _seal_checkpoint(self, run: Path, name: str, limit: int | None) -> None:
+        folder, keep = run / ASIDE / name, [run / name]
+        if self.state.best_global_step:  # upstream looks for the best checkpoint beside the one being saved
+            keep.append(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(keep[-1])
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        self._count_time()
+        progress = {
+            "batches": self.state.global_step * self.args.gradient_accumulation_steps,
+            "rows": self._rows(),
+            "tokens": self.train_tokens,
+            "seconds": self.train_seconds,
+            "divergences": self.watch.count,
+            "losses": list(self.watch.losses),
+        }
+        facts = {"step": self.state.global_step, "arguments": self.args.decisive(), PROGRESS: progress}
+        seal(folder, run / name, **facts)
+        rotate(run, limit, keep)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         self.train_tokens += inputs["input_ids"].numel() * self.args.world_size
+        if not self._losses and self.is_in_train:
+            self._logged_before = self._tr_loss.clone()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # Reading the loss back would stall an accelerator: there it is looked at when it is logged.
-        if loss.device.type == "cpu":
-            self._require_finite(loss.item())
-        return loss
+        self._losses.append(loss)
+        if not self.accelerator.sync_gradients:
+            return loss
+        whole, self._losses = torch.stack(self._losses).sum(), []
+        wrong = self.watch.look(model, whole)
+        if wrong is None:
+            return loss
+        self._leave_out(model, f"{wrong} at step {self.state.global_step + 1}. {self.watch.describe(model, whole)}.")
+        return torch.zeros_like(loss)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            self._require_finite(logs["loss"])
-        super().log(logs, start_time)
-
-    def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _leave_out(self, model: nn.Module, what: str) -> None:
+        """Keep the optimizer from making an update that diverged; stop if that is what `on_divergence` says."""
+        action, limit = self.args.on_divergence, self.args.max_divergences
+        self.watch.count += 1
+        if action == "stop":
             raise TrainingDiverged(
-                f"the loss is {loss} at step {self.state.global_step + 1}; checkpoints in {self.args.output_dir} are "
-                "from before. Try a lower learning_rate or muon_learning_rate."
+                f"{what} Checkpoints in {self.args.output_dir} are from before. Try a lower learning_rate or "
+                "muon_learning_rate, or --resume --on_divergence skip (or rollback)."
             )
+        if self.watch.count > limit:
+            raise TrainingDiverged(f"{what} More than max_divergences ({limit}) of them.")
+        done = self._roll_back() if action == "rollback" else "the batch is skipped"
+        logger.warning(f"{what} Number {self.watch.count} of at most {limit}: {done}.")
+        for parameter in model.parameters():
+            parameter.grad = None  # what has no gradient is not updated
+        # The logged loss is the mean over the updates that were made.
+        self._tr_loss.copy_(self._logged_before)
+        self._globalstep_last_logged += 1
+        self.log({"divergences": self.watch.count})
+
+    def _roll_back(self) -> str:
+        """
+        Weights and optimizer as in the last checkpoint. Steps, learning rate and data go on from here: the same data
+        again would end the same way.
+        """
+        found = [newest_valid(Path(self.args.output_dir)) if self.args.should_save else None]
+        checkpoint = broadcast_object_list(found)[0]
+        if checkpoint is None:
+            raise TrainingDiverged("the run diverged, and there is no checkpoint yet to roll back to.")
+        schedule = self.lr_scheduler.state_dict()
+        self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        self.lr_scheduler.load_state_dict(schedule)
+        return f"rolled back to {checkpoint.name}"
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if self.compute_metrics != self._language_modeling_metrics:
+        if not self.row_likelihoods:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with self.compute_loss_context_manager():
             inputs = self._prepare_inputs(inputs)
