@@ -1,0 +1,62 @@
+"""Talk to a model in the terminal: answers stream, the conversation is remembered. /new starts over, Ctrl-D ends."""
+
+import argparse
+import sys
+
+from ..errors import InputError
+from .common import add_model_arguments, load_model, load_tokenizer
+from .generate import check
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, dtype="auto")
+    parser.add_argument("--system", help="a system message in front of every conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of an answer at most (200)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability that is sampled from (0.95)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same answers (drawn)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check(arguments)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
+    import torch
+    from transformers import TextStreamer
+
+    from ..evaluation.conversation import context_limit, prompt_ids
+
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if not tokenizer.chat_template:
+        raise InputError(f"{arguments.model}: its tokenizer has no chat template; use hf-lm generate.")
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+    messages = list(opening)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        if text == "/new":
+            messages = list(opening)
+        if not text or text == "/new":
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            ids = prompt_ids(tokenizer, messages, context_limit(model), arguments.max_new_tokens)
+        except InputError as error:  # one long message does not end the conversation
+            print(error, file=sys.stderr)
+            messages.pop()
+            continue
+        input_ids = torch.tensor([ids], device=model.device)
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=arguments.max_new_tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+        answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,76 @@
+"""Answers in a conversation: one, streamed; or many at once, to see how often the model ends by itself."""
+
+from collections.abc import Iterable
+
+import torch
+
+from ..errors import InputError
+
+
+def prompt_ids(tokenizer, messages: list[dict], limit: int | None, room: int) -> list[int]:
+    """
+    The tokens of a conversation up to where the answer starts; the oldest turns (not a system message) are left out
+    until `room` tokens are free.
+
+    Args:
+        messages: `role` and `content` of each turn, the user's last.
+        limit: tokens that the model takes, the answer included; None: any number.
+
+    Raises:
+        InputError: there is no chat template, or the last turn alone is too long.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template: train with task: chat, or use hf-lm generate.")
+    while True:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if limit is None or len(ids) + room <= limit:
+            return ids
+        start = 1 if messages[0]["role"] == "system" else 0
+        if len(messages) - start <= 1:
+            raise InputError(
+                f"the message has {len(ids)} tokens; the model takes {limit}, {room} for the answer included."
+            )
+        messages = messages[:start] + messages[start + 2 :]
+
+
+def context_limit(model) -> int | None:
+    """Tokens that the model takes at once, or None."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def first_answers(
+    model, tokenizer, conversations: Iterable[dict], max_new_tokens: int = 128, batch_size: int = 16
+) -> list[dict]:
+    """
+    The model's likeliest answer to the opening of each conversation.
+
+    Args:
+        conversations: rows with `messages`; what comes before the first message of the assistant is the prompt.
+
+    Returns:
+        `prompt` (messages), `answer`, and `ended`: whether it ended by itself within `max_new_tokens`.
+    """
+    limit, stops = context_limit(model), model.generation_config.eos_token_id
+    stops = torch.tensor([stops] if isinstance(stops, int) else stops or [], device=model.device)
+    prompts = []
+    for row in conversations:
+        turns = row["messages"]
+        answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        if answer:
+            prompts.append(turns[:answer])
+    answers = []
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(prompts), batch_size):
+        batch = [
+            prompt_ids(tokenizer, prompt, limit, max_new_tokens) for prompt in prompts[start : start + batch_size]
+        ]
+        inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None)  # fmt: skip
+        new = output[:, inputs["input_ids"].shape[1] :]
+        for prompt, ids in zip(prompts[start:], new, strict=False):
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers.append({"prompt": prompt, "answer": text, "ended": bool(torch.isin(ids, stops).any())})
+    model.train(was_training)
+    return answers

@@ -1,0 +1,106 @@
+"""Fine-tuning on conversations: the assistant's words are learned, and that it stops after them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset
+
+from ...data.documents import load_rows
+from ...data.examples import Example, build_examples
+from ...errors import InputError
+from ...evaluation.conversation import first_answers
+from .base import Task
+
+TURN = "<|im_start|>"
+# ChatML, each turn ended by the tokenizer's own eos: what generation already stops at.
+CHAT_TEMPLATE = (
+    "{%- if bos_token and bos_token != '<|im_start|>' %}{{ bos_token }}{% endif -%}"
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{%- else -%}{{ message['content'] + eos_token }}{%- endif -%}"
+    "{{ '\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"
+)
+MARK = "{% generation %}"
+
+
+def _check(rows, where: str):
+    """
+    Rows with `messages` (or `prompt` and `completion`, which are made into some).
+
+    Raises:
+        InputError: no such column, or a row in it is not a conversation with an answer.
+    """
+    names = rows.column_names
+    if "messages" not in names and {"prompt", "completion"} <= set(names):
+        rows = rows.map(lambda row: {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}, remove_columns=names)  # fmt: skip
+    elif "messages" not in names:
+        raise InputError(f"{where}: needs a column messages (or prompt and completion); it has {', '.join(names)}.")
+    for number, row in enumerate(rows):
+        turns = row["messages"]
+        if not turns or not all(isinstance(turn, dict) and turn.get("role") and turn.get("content") for turn in turns):
+            raise InputError(f"{where}: row {number} is not a list of messages with role and content, none empty.")
+        if not any(turn["role"] == "assistant" for turn in turns):
+            raise InputError(f"{where}: row {number} has no message of the assistant, so nothing to learn.")
+    return rows
+
+
+class Chat(Task):
+    """Conversations (`messages` of `role` and `content`), several in one block."""
+
+    def load(self) -> dict[str, Dataset]:
+        return load_rows(self.data_arguments, _check)
+
+    def texts(self, rows) -> Iterator[str]:
+        return (turn["content"] for row in rows for turn in row["messages"])
+
+    def build_tokenizer(self, rows):
+        """
+        The usual one with a chat template: the named one, the checkpoint's if it marks the assistant's words, or ours.
+
+        Raises:
+            InputError: the named template cannot be read or marks nothing.
+        """
+        tokenizer = super().build_tokenizer(rows)
+        path = self.data_arguments.chat_template
+        if path:
+            if not Path(path).is_file():
+                raise InputError(f"chat_template: {path} does not exist.")
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            if MARK not in tokenizer.chat_template:
+                raise InputError(f"chat_template: {path} has no {MARK} around the assistant's words.")
+        elif MARK not in (tokenizer.chat_template or ""):
+            tokenizer.chat_template = CHAT_TEMPLATE
+            if TURN not in tokenizer.get_vocab():
+                tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+        return tokenizer
+
+    def encode(self, rows, tokenizer, split: str) -> Dataset:
+        def example(row: dict) -> list[Example]:
+            encoded = tokenizer.apply_chat_template(
+                row["messages"], return_dict=True, return_assistant_tokens_mask=True
+            )
+            learned = [bool(flag) for flag in encoded["assistant_masks"]]
+            size = sum(len(turn["content"].encode()) for turn in row["messages"] if turn["role"] == "assistant")
+            return [Example(encoded["input_ids"], learned, size)]
+
+        data = self.data_arguments
+        return build_examples(rows, example, data.block_size, data.packing, data.long_examples, split)
+
+    def scores(self, trainer) -> dict:
+        scores = super().scores(trainer)
+        rows = self.rows.get("test", self.rows.get("validation"))
+        if rows is not None:
+            answers = first_answers(trainer.model, trainer.processing_class, rows)
+            scores |= {"self_ended": sum(row["ended"] for row in answers) / len(answers), "answers": len(answers)}
+        return scores
+
+    def summary(self, metrics: dict) -> str:
+        summary = super().summary(metrics)
+        if "self_ended" not in metrics:
+            return summary
+        ended = f"{metrics['self_ended']:.0%} of {metrics['answers']} answers end by themselves"
+        return f"{summary}, {ended}" if summary else ended
