@@ -12,19 +12,26 @@ import importlib
 import os
 import sys
 
+from ..errors import one_line
+
 # command: (module in this folder, what it does)
 COMMANDS = {
     "tokenizer": ("tokenizer", "train a tokenizer on text files"),
     "train": ("train", "train or fine-tune a model from a YAML recipe"),
+    "plan": ("plan", "what a recipe will cost: memory, time, energy, money"),
     "generate": ("generate", "continue a prompt"),
+    "translate": ("translate", "translate texts by a model trained on pairs of languages"),
+    "chat": ("chat", "talk to a model in the terminal"),
     "evaluate": ("evaluate", "bits per byte and perplexity of a model on a text"),
     "score": ("score", "log-probability of sentences and of each of their tokens"),
     "probe": ("probe", "minimal pairs of English grammar, against chance and a trigram model"),
     "lm-eval": ("lm_eval", "run tasks of the lm-evaluation-harness"),
     "serve": ("serve", "serve a model over HTTP by OpenAI's protocol"),
+    "demo": ("demo", "open a page on this machine to try a model"),
     "inspect": ("inspect_", "look inside: attention, logit lens, attributions, head ablation as a page"),
     "import": ("import_", "make an hf_lm folder of a Llama, Qwen, Mistral, GPT-2, ... checkpoint"),
     "export": ("export", "hand a model on as a native checkpoint, GGUF or ONNX"),
+    "merge": ("merge", "take a LoRA adapter into the weights of its base model"),
     "doctor": ("doctor", "check a model folder against what users trip over"),
     "push": ("push", "upload a model folder to the Hub, after checking it"),
     "card": ("card", "write the model card from the measurements in a model folder"),
@@ -43,13 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (_, help_text) in COMMANDS.items():
         subparsers.add_parser(name, help=help_text, add_help=False)
     return parser
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line; the library's nested validation errors are reduced to their cause."""
-    while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ def require_model(path: str) -> str:
             raise InputError(f"{path}: no such model folder (a model of the Hub is named owner/name).")
         return path
     names = os.listdir(path)
-    if "config.json" not in names:
+    if not {"config.json", "adapter_config.json"} & set(names):
         raise InputError(f"{path}: not a model folder, it has no config.json.")
     if not any(name.endswith((".safetensors", ".safetensors.index.json", ".gguf")) for name in names):
         raise InputError(f"{path}: the model folder has no weights (model.safetensors).")
@@ -48,9 +48,9 @@ def unavailable(path: str, what: str, error: Exception) -> InputError:
     return InputError(f"{path}: no {what} can be loaded: {error}")
 
 
-def load_model(path: str, **kwargs):
+def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     """
-    The causal language model in a folder or on the Hub, in evaluation mode, on the GPU if there is one.
+    The causal language model (or another) in a folder or on the Hub, in evaluation mode, on the GPU if there is one.
 
     Raises:
         InputError: see `require_model`; or the files cannot be read as a model.
@@ -60,15 +60,15 @@ def load_model(path: str, **kwargs):
 
     hf_lm.register_auto_classes()
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+        model = getattr(transformers, auto_class).from_pretrained(path, **kwargs).eval()
         return model.to("cuda") if torch.cuda.is_available() else model
     except (OSError, json.JSONDecodeError) as error:
-        raise unavailable(path, "causal language model", error) from error
+        raise unavailable(path, "model", error) from error
 
 
 def load_tokenizer(path: str):
@@ -78,6 +78,9 @@ def load_tokenizer(path: str):
     Raises:
         InputError: there is none, or it cannot be read.
     """
+    import hf_lm
+
+    hf_lm.register_auto_classes()  # else the library asks whether it may run the folder's copy of our code
     from transformers import AutoTokenizer
 
     try:

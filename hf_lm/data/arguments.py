@@ -49,6 +49,29 @@ class DataArguments:
     show_examples: int = field(
         default=0, metadata={"help": "print so many training examples first; what is not learned is dimmed"}
     )
+    label_column_name: str = field(default="label", metadata={"help": "column that holds the label of a text"})
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "the labels there are; where the column holds numbers, the name of 0, 1, ..."}
+    )
+    class_balance: str = field(
+        default="none",
+        metadata={"help": "oversample: repeat examples of rarer labels until all are as frequent; none"},
+    )
+    prompt_template: str = field(
+        default="{text}\nLabel: {label}", metadata={"help": "what label-likelihood reads; ends in {label}"}
+    )
+    label_words: list[str] | None = field(
+        default=None, metadata={"help": "words for {label}, in the order of class_names; default: these names"}
+    )
+    baseline: bool = field(
+        default=False, metadata={"help": "score TF-IDF with logistic regression (scikit-learn) on the same split"}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "file of a Jinja chat template with {% generation %} marks"}
+    )
+    language_pairs: list[str] | None = field(
+        default=None, metadata={"help": "what translation learns, as en-de de-en: each language is a column"}
+    )
     data_license: str | None = field(default=None, metadata={"help": "licence of the data, for the card"})
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training documents"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many held-out documents"})

@@ -12,6 +12,10 @@ from ...errors import InputError
 # task: (module in this folder, class)
 TASKS = {
     "causal-lm": ("language_modeling", "LanguageModeling"),
+    "sequence-classification": ("classification", "SequenceClassification"),
+    "label-likelihood": ("classification", "LabelLikelihood"),
+    "chat": ("chat", "Chat"),
+    "translation": ("translation", "Translation"),
 }
 
 

@@ -13,6 +13,7 @@ from ...data.documents import load_rows
 from ...errors import InputError
 from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
+from ..adapters import add_adapter
 from ..arguments import HfLmTrainingArguments, ModelArguments
 from ..hardware import best_attention
 from ..trainer import HfLmTrainer
@@ -48,6 +49,7 @@ class Task:
 
     auto_class = AutoModelForCausalLM
     model_class = HfLmForCausalLM
+    peft_task_type = "CAUSAL_LM"
     compute_metrics = None
     row_likelihoods = False
 
@@ -116,6 +118,10 @@ class Task:
             except OSError as error:
                 raise InputError(f"model_name_or_path: {name}: {error}") from error
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                if arguments.use_peft:
+                    raise InputError(
+                        "use_peft: the tokenizer has new tokens, which an adapter cannot hold; train all weights."
+                    )
                 add_embeddings(model, len(tokenizer), self.stands_for)
             return model
         unknown = sorted(set(arguments.config_fields()) - set(HfLmConfig.__dataclass_fields__))
@@ -142,6 +148,8 @@ class Task:
                 split: self.encode(rows, tokenizer, split) for split, rows in self.rows.items() if split != "test"
             }
         model = self.build_model(tokenizer)
+        if self.model_arguments.use_peft:
+            model = add_adapter(model, self.model_arguments, self.peft_task_type)
         evaluation = encoded.get("validation")
         if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
             evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
