@@ -1,8 +1,9 @@
 """What several commands share: loading a model and its tokenizer with errors a person can act on."""
 
 import argparse
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
@@ -38,14 +39,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "float32")
     parser.add_argument("--dtype", choices=choices, default=dtype, help=f"computed in; auto: as saved ({dtype})")
 
 
-def unavailable(path: str, what: str, error: Exception) -> InputError:
-    """The error to raise when `what` of a model cannot be loaded; of one that was never downloaded, with the way out."""
-    if not os.path.isdir(path) and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return InputError(
-            f"{path}: {what} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub. Run `hf download {path}` "
-            "without it once."
-        )
-    return InputError(f"{path}: no {what} can be loaded: {error}")
+def or_out_of_reach(path: str, error: InputError) -> InputError:
+    """The error itself; of a model that was never downloaded, while the Hub must not be asked, one with the way out."""
+    if os.path.isdir(path) or os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        return error
+    return InputError(
+        f"{path}: the model is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub. Run `hf download {path}` "
+        "without it once."
+    )
 
 
 def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
@@ -53,7 +54,7 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     The causal language model (or another) in a folder or on the Hub, in evaluation mode, on the GPU if there is one.
 
     Raises:
-        InputError: see `require_model`; or the files cannot be read as a model.
+        InputError: see `require_model`; or the files cannot be read as a model, or lack weights.
     """
     require_model(path)
     import hf_lm
@@ -61,14 +62,36 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     hf_lm.register_auto_classes()
     import torch
     import transformers
+
+    from ..interop.convert import readable
+    from ..interop.weights import check_complete, check_files, check_index
+
+    if os.path.isdir(path):
+        check_index(path)
+        check_files([str(file) for file in sorted(Path(path).glob("*.safetensors"))])
+    try:
+        with readable(path), _library_is_silent():
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except InputError as error:
+        raise or_out_of_reach(path, error) from error
+    check_complete(model, info, path)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _library_is_silent() -> Iterator[None]:
+    """The library warns of what is then refused: one line about a mistake is enough."""
     from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = getattr(transformers, auto_class).from_pretrained(path, **kwargs).eval()
-        return model.to("cuda") if torch.cuda.is_available() else model
-    except (OSError, json.JSONDecodeError) as error:
-        raise unavailable(path, "model", error) from error
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_tokenizer(path: str):
@@ -81,9 +104,10 @@ def load_tokenizer(path: str):
     import hf_lm
 
     hf_lm.register_auto_classes()  # else the library asks whether it may run the folder's copy of our code
-    from transformers import AutoTokenizer
+    from ..interop.convert import load_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise unavailable(path, "tokenizer", error) from error
+    with _library_is_silent():
+        tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise or_out_of_reach(path, InputError(f"{path}: there is no tokenizer (tokenizer.json)."))
+    return tokenizer

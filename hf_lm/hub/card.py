@@ -50,6 +50,12 @@ USAGE = {
         "output = model.generate(**inputs, max_new_tokens=40)\n"
         'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ),
+    "translation": (
+        "AutoModelForCausalLM",
+        'inputs = tokenizer("Open the file.<|en-de|>", return_tensors="pt", return_token_type_ids=False)\n'
+        "output = model.generate(**inputs)\n"
+        'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ),
     "text-classification": (
         "AutoModelForSequenceClassification",
         'inputs = tokenizer("A text to classify.", return_tensors="pt", return_token_type_ids=False)\n'
@@ -81,6 +87,7 @@ RESULTS = {
     "accuracy": "accuracy",
     "f1": "F1",
     "macro_f1": "macro F1",
+    "ece": "expected calibration error",
     "exact_match": "exact match",
     "bleu": "BLEU",
     "chrf": "chrF",
@@ -206,17 +213,21 @@ def results_of(metrics: dict) -> list[dict]:
     """
     The measured results: `{key, name, value, interval}`; `interval` is `[low, high]` where one was measured.
 
+    `chrf/en-de` is the chrF of a part of what was measured, en-de.
+
     Raises:
         InputError: a result is not a finite number.
     """
     rows = []
     for key, name in RESULTS.items():
-        value = metrics.get(key, metrics.get(f"eval_{key}"))
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"metrics.json: {key} must be a finite number, got {value!r}.")
-        rows.append({"key": key, "name": name, "value": value, "interval": metrics.get(f"{key}_interval")})
+        for part in ("", *(other.removeprefix(key) for other in metrics if other.startswith(f"{key}/"))):
+            value = metrics.get(key + part, metrics.get(f"eval_{key}{part}"))
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"metrics.json: {key}{part} must be a finite number, got {value!r}.")
+            interval = metrics.get(f"{key}_interval{part}")
+            rows.append({"key": key, "name": name + part.replace("/", " "), "value": value, "interval": interval})
     return rows
 
 
@@ -243,7 +254,7 @@ def build_metadata(artifacts: dict, name: str, license: str | None, text_languag
             task_type=pipeline_tag or "text-generation",
             dataset_type=evaluated_on,
             dataset_name=evaluated_on,
-            dataset_split="validation",
+            dataset_split=metrics.get("split", "validation"),
             metric_type=row["key"],
             metric_name=row["name"],
             metric_value=row["value"],
@@ -341,10 +352,18 @@ def build_card(
     metadata = build_metadata(artifacts, name, license, text_language)
     parameters = counts.get("parameters", metrics.get("parameters"))
     chat = (folder / "chat_template.jinja").exists()
-    auto_class, lines = USAGE["chat" if chat else metadata.pipeline_tag or "feature-extraction"]
+    pair = next((key.split("/")[1] for key in metrics if key.startswith("chrf/")), None)
+    usage = "chat" if chat else "translation" if pair else metadata.pipeline_tag or "feature-extraction"
+    auto_class, lines = USAGE[usage]
+    lines = lines.replace("en-de", pair or "en-de")
     remote_code = "auto_map" in artifacts["config"]
     # The tokenizer is none of ours, but the library asks before it looks at the config.
     trust = ", trust_remote_code=True" if remote_code else ""
+    baselines = [
+        row | {"name": f"{row['name']}: {other['name']}"}
+        for other in metrics.get("baselines") or ()
+        for row in results_of(other)
+    ]
     measured = {**metrics, **counts, "parameters": parameters, **compute_facts(metrics, parameters)}
     return ModelCard.from_template(
         metadata,
@@ -368,7 +387,7 @@ def build_card(
         evaluated_on=artifacts["evaluated_on"],
         results=[
             row | {"value": shown(row["value"]), "interval": " – ".join(map(shown, row["interval"] or ()))}
-            for row in artifacts["results"]
+            for row in artifacts["results"] + baselines
         ],
         text_language=metadata.language,
         citation=f"@misc{{{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')},\n"

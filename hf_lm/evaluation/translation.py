@@ -1,0 +1,149 @@
+"""
+Translation by a causal language model: `source <|en-de|> translation <eos>`.
+
+The tag is one special token that ends the source and names what comes next; a tokenizer that has it says so itself
+which pairs of languages its model translates.
+"""
+
+import re
+from itertools import islice
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data.packing import segment_prefix
+from ..errors import InputError
+
+logger = logging.get_logger(__name__)
+
+BEAMS = 4
+PAIR = re.compile(r"(\w+)-(\w+)")
+SPECIAL = {"add_special_tokens": False, "split_special_tokens": True}  # a text that spells a tag is text
+
+
+def tag(pair: str) -> str:
+    """The token of a pair such as `en-de`."""
+    return f"<|{pair}|>"
+
+
+def languages(pair: str) -> tuple[str, str]:
+    """
+    Source and target of `en-de`.
+
+    Raises:
+        InputError: not two different languages joined by a hyphen.
+    """
+    found = PAIR.fullmatch(pair)
+    if not found or found[1] == found[2]:
+        raise InputError(f"language_pairs: must be two languages as in en-de, got {pair!r}.")
+    return found[1], found[2]
+
+
+def pairs_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The pairs whose tags a tokenizer has, in the order of their ids."""
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
+    return [token[2:-2] for token, _ in added if PAIR.fullmatch(token[2:-2]) and token == tag(token[2:-2])]
+
+
+def choose_pair(pairs: list[str], source: str | None, target: str | None) -> str:
+    """
+    The one pair with this source and this target; what is None may be anything.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    if not pairs:
+        raise InputError("the model translates nothing: its tokenizer has no tag such as <|en-de|>.")
+    fitting = [pair for pair in pairs if source in (None, languages(pair)[0]) and target in (None, languages(pair)[1])]
+    if len(fitting) == 1:
+        return fitting[0]
+    asked = " ".join(f"--{name} {value}" for name, value in (("from", source), ("to", target)) if value) or "no --to"
+    if fitting:
+        raise InputError(f"{asked}: may be {', '.join(fitting)}; say --from and --to.")
+    raise InputError(f"{asked}: unknown pair; the model translates {', '.join(pairs)}.")
+
+
+def encode_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], pair: str) -> list[list[int]]:
+    """The prompts of some texts: what the tokenizer puts before a text, the text, the tag."""
+    prefix, end = segment_prefix(tokenizer), tokenizer.convert_tokens_to_ids(tag(pair))
+    return [[*prefix, *ids, end] for ids in tokenizer(texts, **SPECIAL)["input_ids"]]
+
+
+def encode_targets(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """What is to come after the prompts: the translation and eos."""
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, **SPECIAL)["input_ids"]]
+
+
+@torch.inference_mode()
+def translate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    pair: str,
+    num_beams: int = BEAMS,
+    batch_size: int = 32,
+) -> list[str]:
+    """
+    Translations of some texts, in their order; of an empty text an empty one.
+
+    Texts of like length share a batch, padded on the left. A translation has at most twice as many tokens as the
+    longest source beside it, and 16 more; a source that leaves no room for 16 in the model's `max_position_embeddings`
+    is cut at its end, which is said.
+    """
+    prompts = dict(enumerate(encode_sources(tokenizer, texts, pair))) if texts else {}
+    prompts = {number: ids for number, ids in prompts.items() if texts[number].strip()}
+    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    too_long = [number for number, ids in prompts.items() if len(ids) > limit - 16]
+    for number in too_long:
+        prompts[number] = [*prompts[number][: limit - 17], prompts[number][-1]]
+    if too_long:
+        logger.warning(f"{len(too_long)} of {len(texts)} texts are too long for the model and cut at their end.")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    translations = [""] * len(texts)
+    waiting = iter(sorted(prompts, key=lambda number: -len(prompts[number])))
+    while batch := list(islice(waiting, batch_size)):
+        longest = len(prompts[batch[0]])
+        gaps = [longest - len(prompts[number]) for number in batch]
+        rows = [[pad] * gap + prompts[number] for gap, number in zip(gaps, batch, strict=True)]
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device),
+            max_new_tokens=min(2 * longest + 16, limit - longest),
+            num_beams=num_beams,
+            use_cache=True,
+            pad_token_id=pad,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        for number, ids in zip(batch, output, strict=True):
+            translations[number] = tokenizer.decode(ids[longest:], skip_special_tokens=True)
+    return translations
+
+
+def score_translations(translations: list[str], references: list[str], language: str) -> dict:
+    """
+    Corpus chrF and BLEU (0 to 100) by sacrebleu.
+
+    Args:
+        language: of both; `zh` is split into characters for BLEU, all else by sacrebleu's default `13a`.
+
+    Returns:
+        `chrf`, `chrf_interval` (95%, by resampling sentences), the same for `bleu`; `signatures`, which say how they
+        are counted.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.significance import PairedTest
+
+    metrics = {"chrF2": CHRF(), "BLEU": BLEU(tokenize="zh" if language == "zh" else "13a")}
+    samples = min(1000, max(100, 2_000_000 // len(references)))  # bounds the memory
+    signatures, results = PairedTest([("", translations)], metrics, [references], "bs", n_samples=samples)()
+    scores: dict = {}
+    for name, key in (("chrF2", "chrf"), ("BLEU", "bleu")):
+        found = results[name][0]
+        interval = [float(found.score - found.ci), float(found.score + found.ci)]
+        scores |= {key: found.score, f"{key}_interval": interval}
+    return scores | {"signatures": [f"{name}|{signature}" for name, signature in signatures.items()]}
