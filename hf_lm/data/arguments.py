@@ -39,6 +39,9 @@ class DataArguments:
         default=None, metadata={"help": "column that holds the text; default: text, or the only one of strings"}
     )
     streaming: bool = field(default=False, metadata={"help": "read the data while training, without a copy on disk"})
+    shuffle_buffer_size: int = field(
+        default=0, metadata={"help": "so many blocks of a stream are shuffled among each other; 0: in order"}
+    )
     block_size: int = field(default=256, metadata={"help": "tokens the model sees at once"})
     packing: bool = field(
         default=True, metadata={"help": "several short examples in one block; they do not see each other"}

@@ -1,10 +1,13 @@
 """Documents: one row a text, in one column, split into what is trained on and what is held out."""
 
+import codecs
 import glob
 import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +17,13 @@ from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers.utils import logging
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .arguments import DataArguments
 
 logger = logging.get_logger(__name__)
 
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
+DEPTH = 100  # levels of lists and objects inside each other
 SPLITS = ("train", "validation", "test")
 FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -68,14 +73,56 @@ def read_text(path: str) -> str:
     return text
 
 
+def check_json(path: str) -> None:
+    """
+    Look for what makes the library's reader crash or lose its way, without an error that names it.
+
+    Raises:
+        InputError: a row is null, or nested more than `DEPTH` levels deep; says which.
+    """
+    with open(path, "rb") as file:
+        depth, is_list = 0, file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            opened = line.count(b"{") + line.count(b"[")
+            if opened == line.count(b"}") + line.count(b"]") == 1 and line[:1] == b"{" and line.rstrip()[-1:] == b"}":
+                continue  # one flat object
+            if not is_list and line.strip() == b"null":
+                raise InputError(f"{path}: row {number} is null; each row must be an object {{...}}.")
+            for bracket in re.findall(rb"[][{}]", STRING.sub(b"", line)):
+                depth += 1 if bracket in b"[{" else -1
+                if depth > DEPTH:
+                    raise InputError(f"{path}: line {number} is nested more than {DEPTH} levels deep.")
+    if is_list:
+        rows = json.loads(read_text(path))
+        wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict | str)), None)
+        if wrong is not None:
+            raise InputError(f"{path}: row {wrong} is {rows[wrong - 1]!r:.40}; each row must be an object {{...}}.")
+
+
+def broken_row(path: str) -> str | None:
+    """Which line of a file of JSON rows cannot be read, and why; None if each can."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else {}
+                json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                return f"row {number}: {one_line(error)}"
+            if not isinstance(row, dict):
+                return f"row {number} is {row!r:.40}, not an object {{...}}"
+    return None
+
+
 def _texts(paths: list[str], stamps: list) -> Iterator[dict]:
     for path in paths:
         yield {"text": read_text(path)}
 
 
-def _only_text(rows, name: str | None, where: str):
+def with_text(rows, name: str | None, where: str, beside: Sequence[str] = ()):
     """
-    The rows with their text column alone, called `text`, and without empty texts.
+    The rows with their text column, called `text`, and the columns `beside` it; without empty texts.
 
     Raises:
         InputError: there is no such column, it does not hold text, or every row is empty.
@@ -91,7 +138,7 @@ def _only_text(rows, name: str | None, where: str):
         raise InputError(f"text_column_name: {where} has no column {name}; it has {', '.join(columns)}.")
     if rows.features is not None and not _is_string(rows.features[name]):
         raise InputError(f"text_column_name: column {name} of {where} does not hold text.")
-    rows = rows.select_columns(name)
+    rows = rows.select_columns([name, *beside])
     rows = rows if name == "text" else rows.rename_column(name, "text")
     if isinstance(rows, IterableDataset):
         return rows.filter(lambda text: bool(text), input_columns="text")
@@ -119,6 +166,8 @@ def _load_files(key: str, arguments: DataArguments, keep):
         reader = IterableDataset if arguments.streaming else Dataset
         return reader.from_generator(_texts, gen_kwargs={"paths": paths, "stamps": stamps})
     kind = formats.pop()
+    for path in paths if kind == "json" else ():
+        check_json(path)
     options = {"keep_default_na": False} if kind == "csv" else {}  # NA and null are words too
     where = ", ".join(paths)
     try:
@@ -130,10 +179,11 @@ def _load_files(key: str, arguments: DataArguments, keep):
     except (DatasetGenerationError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        if kind != "parquet":
-            for path in paths:
-                read_text(path)  # not UTF-8: says which file, and where
-        reason = "it holds no rows" if "corresponds to no data" in str(error) else error.__cause__ or error
+        for path in paths if kind != "parquet" else ():
+            read_text(path)  # not UTF-8: says which file, and where
+            if kind == "json" and (row := broken_row(path)):
+                raise InputError(f"{key}: {path} cannot be read: {row}") from error
+        reason = "it holds no rows" if "corresponds to no data" in str(error) else one_line(error.__cause__ or error)
         raise InputError(f"{key}: {where} cannot be read: {reason}") from error
 
 
@@ -254,7 +304,7 @@ def load_documents(arguments: DataArguments) -> dict[str, Dataset | IterableData
     Raises:
         InputError: see `load_rows`; or there is no text in them.
     """
-    return load_rows(arguments, lambda rows, where: _only_text(rows, arguments.text_column_name, where))
+    return load_rows(arguments, lambda rows, where: with_text(rows, arguments.text_column_name, where))
 
 
 def data_sha256(arguments: DataArguments) -> str | None:

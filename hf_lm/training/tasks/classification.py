@@ -1,0 +1,274 @@
+"""Labels for texts: by a classification head, or by how likely a language model finds the words that name them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from transformers import DataCollatorWithPadding
+from transformers.trainer_utils import EvalPrediction
+from transformers.utils import logging
+from transformers.utils.import_utils import is_sklearn_available
+
+from ...data.documents import load_rows, with_text
+from ...data.examples import Example, build_examples
+from ...errors import InputError
+from ...evaluation.metrics import HfLmClassification
+from ...modeling_hf_lm import HfLmForCausalLM, HfLmForSequenceClassification
+from ..trainer import HfLmTrainer
+from .base import Task
+
+logger = logging.get_logger(__name__)
+
+
+def as_score(metrics: dict, prefix: str = "") -> dict:
+    """What `HfLmClassification` gives, as metrics.json has it: intervals as pairs."""
+    score = {}
+    for name in ("accuracy", "macro_f1"):
+        score[name] = metrics[prefix + name]
+        score[f"{name}_interval"] = [metrics[f"{prefix}{name}_low"], metrics[f"{prefix}{name}_high"]]
+    return {**score, "ece": metrics[f"{prefix}ece"]}
+
+
+def tfidf_baseline(rows: dict[str, Dataset], split: str, labels: int, balanced: bool) -> dict:
+    """What counting words and pairs of words achieves: TF-IDF and logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    regression = LogisticRegression(C=10, max_iter=1000, class_weight="balanced" if balanced else None)
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), regression)
+    model.fit(rows["train"]["text"], rows["train"]["label"])
+    probabilities = np.zeros((len(rows[split]), labels))
+    probabilities[:, model.classes_] = model.predict_proba(rows[split]["text"])
+    score = HfLmClassification().compute(predictions=probabilities.tolist(), references=rows[split]["label"])
+    return {"name": "TF-IDF + logistic regression", **as_score(score)}
+
+
+class Classification(Task):
+    """
+    One of `names` for each text. Rows become `text` and `label`, the number of its name.
+
+    Of what is too long the end of the text goes; the template around it, the label's words and special tokens stay.
+    """
+
+    template, words = "{text}", ("",)
+    split = "validation"  # that is being scored
+
+    def load(self) -> dict[str, Dataset]:
+        arguments, column = self.data_arguments, self.data_arguments.label_column_name
+        if arguments.streaming:
+            raise InputError(f"streaming: does not go with the task {arguments.task}.")
+        if arguments.class_balance not in ("none", "oversample"):
+            raise InputError(f"class_balance: must be none or oversample, got {arguments.class_balance!r}.")
+
+        def keep(rows: Dataset, where: str) -> Dataset:
+            if column not in rows.column_names:
+                names = ", ".join(rows.column_names)
+                raise InputError(f"label_column_name: {where} has no column {column}; it has {names}.")
+            rows = with_text(rows, arguments.text_column_name, where, beside=[column])
+            if len(rows) < 2:
+                raise InputError(f"{where}: holds one example; at least two are needed.")
+            return rows.shuffle(self.training_arguments.seed)  # files are often sorted by their labels
+
+        rows = load_rows(arguments, keep)
+        numbers = self.name_labels(rows["train"], column)
+        return {split: self.number_labels(part, column, numbers, split) for split, part in rows.items()}
+
+    def name_labels(self, rows: Dataset, column: str) -> dict:
+        """Sets `names`: those declared, or all that occur; returns the number of each value of the column."""
+        feature, values = rows.features[column], sorted(set(rows[column]) - {None})
+        if not all(isinstance(value, str | int) for value in values):
+            raise InputError(f"label_column_name: column {column} holds {feature.dtype}; a label is text or a number.")
+        declared = self.data_arguments.class_names or (feature.names if isinstance(feature, ClassLabel) else None)
+        self.names = [str(name) for name in declared or values]
+        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
+            raise InputError(f"class_names: two or more different labels are needed, got {', '.join(self.names)}.")
+        are_numbers = declared and not any(isinstance(value, str) for value in values)
+        keys = range(len(self.names)) if are_numbers else declared or values
+        return {key: number for number, key in enumerate(keys)}
+
+    def number_labels(self, rows: Dataset, column: str, numbers: dict, split: str) -> Dataset:
+        """Rows with the label's number; an `InputError` names one that is not among them."""
+        texts, values = rows["text"], rows[column]
+        for text, value in zip(texts, values, strict=True):
+            if value not in numbers:
+                known = ", ".join(map(repr, numbers))
+                raise InputError(f"class_names: {split} has the label {value!r} ({text[:40]!r}); there are {known}.")
+        if split != "train" and len(set(values)) == 1:
+            logger.warning(f"{split}: all {len(rows)} examples have the same label, {values[0]!r}.")
+        return Dataset.from_dict({"text": texts, "label": [numbers[value] for value in values]})
+
+    def texts(self, rows) -> Iterator[str]:
+        return (self.fill(row["text"], self.words[row["label"] % len(self.words)])[0] for row in rows)
+
+    def build_tokenizer(self, rows):
+        tokenizer = super().build_tokenizer(rows)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def config_fields(self, tokenizer) -> dict:
+        names = dict(enumerate(self.names))
+        numbers = {name: number for number, name in names.items()}
+        return {"id2label": names, "label2id": numbers, "pad_token_id": tokenizer.pad_token_id}
+
+    def fill(self, text: str, word: str) -> tuple[str, int, int]:
+        """The template with text and word; where the text starts and where the word does, in characters."""
+        before, after = self.template.removesuffix("{label}").split("{text}")
+        return before + text + after + word, len(before), len(before + text + after)
+
+    def example(self, text: str, word: str, tokenizer) -> tuple[Example, int]:
+        """Template, text and word, the word learned, and how many tokens at the text's end had to go."""
+        whole, start, word_start = self.fill(text, word)
+        encoding = tokenizer(whole, return_offsets_mapping=True)
+        ids, offsets, size = encoding["input_ids"], encoding["offset_mapping"], self.data_arguments.block_size
+        excess = max(len(ids) - size, 0)
+        if excess:
+            of_text = [n for n, (low, high) in enumerate(offsets) if high > start and low < start + len(text)]
+            if excess >= len(of_text):
+                raise InputError(f"block_size: {size} leaves no room for a text beside the template's tokens.")
+            gone = slice(of_text[-1] + 1 - excess, of_text[-1] + 1)
+            del ids[gone], offsets[gone]
+        learned = [high > word_start for _, high in offsets]
+        return Example(ids, learned, len((word or text).encode())), excess
+
+    def examples(self, rows: Dataset, tokenizer, split: str) -> list[tuple[Example, int]]:
+        """
+        Each row as an example and its label. Training rows go with their own word; held-out rows with every word in
+        turn, the short ones first, and none of them is dropped.
+        """
+        arguments, train = self.data_arguments, split == "train"
+        texts, labels = rows["text"], np.array(rows["label"])
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        if train:
+            most, names = np.bincount(labels).max(), np.unique(labels)
+            balance = arguments.class_balance == "oversample"
+            order = [np.flatnonzero(labels == name) for name in names]
+            order = np.concatenate([np.resize(part, most) if balance else part for part in order])
+            order = np.random.default_rng(self.training_arguments.seed).permutation(order)
+            if len(order) > len(rows):
+                logger.warning(f"{split}: rarer labels are repeated, {len(rows):,} examples become {len(order):,}.")
+        found, long = [], set()
+        for number in order.tolist():
+            label = int(labels[number])
+            for word in (self.words[label % len(self.words)],) if train else self.words:
+                example, excess = self.example(texts[number], word, tokenizer)
+                if excess:
+                    long.add(number)
+                if not (excess and train and arguments.long_examples == "drop"):
+                    found.append((example, label))
+        if long:
+            what = f"{len(long)} of {len(rows)} examples have more than block_size {arguments.block_size} tokens"
+            if arguments.long_examples == "error":
+                raise InputError(f"long_examples: {split}: {what}.")
+            done = "left out" if train and arguments.long_examples == "drop" else "cut at the end of their text"
+            logger.warning(f"{split}: {what} and are {done}.")
+        if not found:
+            raise InputError(f"long_examples: {split}: all of its examples are dropped; nothing is left to learn.")
+        return found
+
+    def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
+        if self.data_arguments.baseline and not is_sklearn_available():
+            logger.warning("baseline: scikit-learn is not installed, there will be none (pip install scikit-learn).")
+        trainer = super().build_trainer(checkpoint)
+        # now, so that what is wrong with it is said before the training
+        self.test = "test" in self.rows and self.encode(self.rows["test"], trainer.processing_class, "test")
+        return trainer
+
+    def probabilities(self, rows: EvalPrediction) -> tuple[np.ndarray, list[int]]:
+        """`(examples, labels)` from logits, and the right labels."""
+        return torch.tensor(rows.predictions).double().softmax(-1).numpy(), rows.label_ids.tolist()
+
+    def compute_metrics(self, rows: EvalPrediction) -> dict[str, float]:
+        predictions, references = self.probabilities(rows)
+        return HfLmClassification().compute(predictions=predictions.tolist(), references=references)
+
+    def score(self, trainer: HfLmTrainer) -> dict:
+        """On the test split, or without one on the validation split; `{}` if nothing is held out."""
+        split, rows = ("test", self.test) if self.test else ("validation", trainer.eval_dataset)
+        if rows is None:
+            return {}
+        self.split = split
+        metrics = trainer.predict(rows, metric_key_prefix=split).metrics
+        self.split = "validation"
+        return {"split": split, "examples": len(self.rows[split]), **as_score(metrics, f"{split}_")}
+
+    def scores(self, trainer: HfLmTrainer) -> dict:
+        score, baselines = self.score(trainer), []
+        if score and self.data_arguments.baseline and is_sklearn_available():
+            balanced = self.data_arguments.class_balance != "none"
+            baselines = [tfidf_baseline(self.rows, score["split"], len(self.names), balanced)]
+        return {**score, "labels": self.names, "baselines": baselines}
+
+    def summary(self, metrics: dict) -> str:
+        def words(score: dict) -> str:
+            low, high = score["accuracy_interval"]
+            numbers = f"accuracy {score['accuracy']:.3f} ({low:.3f} to {high:.3f}), macro F1 {score['macro_f1']:.3f}"
+            return f"{numbers}, ECE {score['ece']:.3f}"
+
+        if "accuracy" not in metrics:
+            return ""
+        others = [f"; {other['name']}: {words(other)}" for other in metrics["baselines"]]
+        return f"{metrics['split']}: {words(metrics)}{''.join(others)}"
+
+
+class SequenceClassification(Classification):
+    """A head on the last token's state, trained together with all that is below it."""
+
+    auto_class = model_class = HfLmForSequenceClassification
+
+    def encode(self, rows: Dataset, tokenizer, split: str) -> Dataset:
+        found = self.examples(rows, tokenizer, split)
+        return Dataset.from_dict(
+            {
+                "input_ids": [example.input_ids for example, _ in found],
+                "labels": [label for _, label in found],
+                "num_bytes": [example.num_bytes for example, _ in found],
+            }
+        )
+
+    def collator(self, tokenizer):
+        return DataCollatorWithPadding(tokenizer)
+
+
+class LabelLikelihood(Classification):
+    """
+    No head: `label_words` in `prompt_template`, and only they are learned. A label's probability is that of its words
+    (the sum over their tokens) against the other labels' (PET, arXiv:2001.07676), before any training too.
+    """
+
+    auto_class = model_class = HfLmForCausalLM
+    row_likelihoods = True
+
+    def load(self) -> dict[str, Dataset]:
+        rows, template = super().load(), self.data_arguments.prompt_template
+        if template.count("{text}") != 1 or template.count("{label}") != 1 or not template.endswith("{label}"):
+            raise InputError(f"prompt_template: must hold {{text}} once and end in {{label}}, got {template!r}.")
+        words = self.data_arguments.label_words or self.names
+        if len(words) != len(self.names) or len(set(words)) < len(words):
+            raise InputError(f"label_words: one for each of {', '.join(self.names)}, all different; got {words}.")
+        self.template, self.words = template, tuple(words)
+        return rows
+
+    def encode(self, rows: Dataset, tokenizer, split: str) -> Dataset:
+        found, size = self.examples(rows, tokenizer, split), self.data_arguments.block_size
+        if split != "train":
+            self.truth[split] = [label for _, label in found[:: len(self.words)]]
+        packing = split == "train" and self.data_arguments.packing
+        return build_examples((example for example, _ in found), lambda example: [example], size, packing, where=split)
+
+    def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
+        self.truth: dict[str, list[int]] = {}
+        trainer = super().build_trainer(checkpoint)
+        untrained = self.score(trainer) if self.model_arguments.model_name_or_path else {}
+        self.zero_shot = [{"name": "before training", **untrained}] if untrained else []
+        return trainer
+
+    def probabilities(self, rows: EvalPrediction) -> tuple[np.ndarray, list[int]]:
+        nats = torch.tensor(rows.predictions).double().view(-1, len(self.words))
+        return (-nats).softmax(-1).numpy(), self.truth[self.split]
+
+    def scores(self, trainer: HfLmTrainer) -> dict:
+        scores = super().scores(trainer)
+        return {**scores, "baselines": self.zero_shot + scores["baselines"]}
