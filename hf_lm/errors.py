@@ -1,4 +1,15 @@
-"""The one exception that means: the user can mend this. It needs nothing but Python, so everything may raise it."""
+"""
+The one exception that means: the user can mend this; and how an error is said on one line. It needs nothing but Python,
+so everything may use it.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+LONGEST = 700  # characters of a line that names an error
 
 
 class InputError(ValueError):
@@ -8,3 +19,42 @@ class InputError(ValueError):
     The message is one line that names what was given and what would be right. The command line prints it and exits
     with 2; from Python it is a `ValueError` like any other.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; the library's nested validation errors are reduced to their cause."""
+    while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()).partition(". Errors: ")[0])
+    text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be printed
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"
+
+
+def culprit(path: Path, build: Callable[[dict], object]) -> str | None:
+    """
+    What is wrong with a JSON file: what `build(content)` raises, and the entry without which it does not; else None.
+    """
+
+    def failure(fields: dict) -> str | None:
+        try:
+            build(deepcopy(fields))
+        except Exception as error:  # whatever a library makes of it
+            return one_line(error)
+        return None
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path}: not a valid JSON file: {one_line(error)}"
+    if not isinstance(content, dict):
+        return f"{path}: must hold an object {{...}}, got {type(content).__name__}."
+    if (reason := failure(content)) is None:
+        return None
+    for key in content:
+        if failure({name: value for name, value in content.items() if name != key}) is None:
+            return f"{path}: {reason}" if key in reason else f"{path}: {key} is {content[key]!r:.80}: {reason}"
+    return f"{path}: {reason}"

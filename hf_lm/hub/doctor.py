@@ -18,9 +18,9 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..configuration_hf_lm import HfLmConfig
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .card import USAGE, pipeline_tag_of
-from .files import missing_code, outside_paths, pickles, read_json
+from .files import as_table, check_sizes, missing_code, outside_paths, pickles, read_json
 
 TOLERANCE = 1e-3  # largest difference of two ways to the same float32 logits, relative to the largest logit
 LENGTH = 12  # tokens of a test sequence
@@ -107,7 +107,7 @@ def paths_stay_inside(patient: Patient) -> str | None:
 def code_is_complete(patient: Patient) -> str | None:
     if patient.config.get("model_type") != HfLmConfig.model_type:
         return None
-    missing = missing_code(patient.folder, patient.config.get("auto_map") or {})
+    missing = missing_code(patient.folder, as_table(patient.config.get("auto_map")))
     return f"no {', '.join(missing)}" if missing else None
 
 
@@ -284,6 +284,7 @@ def examine(
     config = read_json(folder / "config.json")
     if not config:
         raise InputError(f"{folder}: not a model folder, it has no config.json that can be read.")
+    check_sizes(folder)
     patient, findings = Patient(folder, trust_remote_code, config), []
     for name, check, mend in CHECKS:
         if name in skip or (patient.task != "text-generation" and check not in FOR_ANY_HEAD):
@@ -291,7 +292,7 @@ def examine(
         try:
             problem = check(patient)
         except Exception as error:  # whatever a broken folder raises is the finding
-            problem = " ".join(str(error).split())[:300] or type(error).__name__
+            problem = one_line(error)[:300]
         findings.append(Finding(name, problem, mend))
         if problem and check is paths_stay_inside:
             break

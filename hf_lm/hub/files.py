@@ -1,9 +1,12 @@
 """What may and may not lie in a model folder, found by reading it; nothing here runs code of the folder."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ..errors import InputError
 
 # Suffixes of files that Python may unpickle: reading them can run code. (`*.bin` and `*.pt` are pickles by custom.)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
@@ -11,6 +14,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
 NOT_THE_MODEL = re.compile(
     r"(^|/)(checkpoint-\d+|runs|logs|wandb|__pycache__|\.[^/]*)(/|$)|(^|/)events\.out\.|\.tmp$|~$"
 )
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, the library's own limit
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
 # Shapes of access tokens and keys (Hugging Face, OpenAI and alike, GitHub, AWS, Google, Slack, private keys).
@@ -25,9 +29,36 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; `{}` if it is missing or none (loading the model says what is wrong with it)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return as_table(content)
+
+
+def as_table(value) -> dict:
+    """The value where it is an object; else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def check_sizes(folder: Path) -> None:
+    """
+    Raises:
+        InputError: config.json asks for many more layers than the weights have tensors, or for an embedding of more
+            numbers than they have bits: to build such a model takes hours, or all memory.
+    """
+    config, tensors, bits = read_json(folder / "config.json"), 0, 0
+    for file in filter(Path.is_file, folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            tensors += stream.read(min(size, MAX_HEADER)).count(b'"data_offsets"')
+        bits += 8 * file.stat().st_size
+    layers, embedding = max(tensors, 1000), max(bits, 10**8)  # what is built in a moment is compared when it is loaded
+    for names, most in ((["num_hidden_layers"], layers), (["n_layer"], layers), (["vocab_size", "hidden_size"], embedding)):  # fmt: skip
+        sizes = [config.get(name) for name in names]
+        if bits and all(isinstance(size, int) for size in sizes) and math.prod(sizes) > most:
+            given = " and ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
+            raise InputError(
+                f"{folder / 'config.json'}: {given} do not fit the weights: {tensors} tensors, {bits // 8} bytes."
+            )
 
 
 def is_outside(name) -> bool:
@@ -40,12 +71,12 @@ def outside_paths(folder: Path) -> list[str]:
     """`file: value` of each path in configs, shard indexes and adapter configs that is absolute or has a `..`."""
     named = []
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"):
-        for value in read_json(folder / name).get("auto_map", {}).values():
+        for value in as_table(read_json(folder / name).get("auto_map")).values():
             references = value if isinstance(value, list) else [value]
             named += [(name, reference.split("--")[-1]) for reference in references if isinstance(reference, str)]
     for path in sorted(folder.glob("*.index.json")):
-        weight_map = read_json(path).get("weight_map", {})
-        named += [(path.name, value) for value in sorted(set(map(str, dict(weight_map).values())))]
+        weight_map = as_table(read_json(path).get("weight_map"))
+        named += [(path.name, value) for value in sorted(set(map(str, weight_map.values())))]
     adapter = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     named += [("adapter_config.json", adapter)] if adapter else []
     return [f"{name}: {value}" for name, value in named if is_outside(value)]

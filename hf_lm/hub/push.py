@@ -16,6 +16,7 @@ from .card import missing_from_card
 from .doctor import examine
 from .files import PICKLES, model_files, secrets_in
 
+SHOWN = 8  # problems named in one error
 REQUIRED = ("config.json", "tokenizer_config.json", "README.md")  # and what the doctor asks of a language model
 
 
@@ -58,7 +59,8 @@ def plan_push(model_dir: str | os.PathLike, token: str | None = None) -> Plan:
     for path in kept:
         problems += [f"{path} holds a secret ({secret})" for secret in secrets_in(folder / path, token)]
     if problems:
-        raise InputError(f"{folder} is not ready to be pushed: {'; '.join(problems)}")
+        more = [f"and {len(problems) - SHOWN} more (hf-lm doctor {folder})"] if len(problems) > SHOWN else []
+        raise InputError(f"{folder} is not ready to be pushed: {'; '.join(problems[:SHOWN] + more)}")
     return Plan(folder, {path: (folder / path).stat().st_size for path in kept}, left_out)
 
 

@@ -13,10 +13,19 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ..configuration_hf_lm import HfLmConfig
-from ..errors import InputError
+from ..errors import InputError, culprit, one_line
+from ..hub.files import check_sizes
 from ..modeling_hf_lm import HfLmForCausalLM
 from .families import choose_family, read_config
 from .parity import compare, rounded
@@ -76,7 +85,52 @@ def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
         if not os.path.isdir(source) and isinstance(error, OSError):
             return None
         file = os.path.join(source, kwargs.get("gguf_file") or names[0])
-        raise InputError(f"{file}: the tokenizer cannot be read: {error}") from error
+        reason = None if kwargs else tokenizer_problem(Path(source))
+        raise InputError(f"the tokenizer cannot be read: {reason or f'{file}: {one_line(error)}'}") from error
+
+
+def tokenizer_problem(folder: Path) -> str | None:
+    """What is wrong with the files that a tokenizer is made of, and with which entry; None if they are well."""
+    tokenizer = folder / "tokenizer.json"
+    return (
+        culprit(tokenizer, lambda fields: Tokenizer.from_str(json.dumps(fields)))
+        or culprit(
+            folder / "tokenizer_config.json",
+            lambda fields: PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), **fields),
+        )  # fmt: skip
+        or culprit(folder / "config.json", build_config)
+    )
+
+
+def build_config(fields: dict) -> PreTrainedConfig | None:
+    """The configuration of a `config.json`; None if its `model_type` is not one of the library's or ours."""
+    known = isinstance(name := fields.get("model_type"), str) and name in CONFIG_MAPPING
+    return CONFIG_MAPPING[name].from_dict(fields) if known else None
+
+
+def build_model(fields: dict) -> None:
+    """A model without weights, to see whether it can be built."""
+    if (config := build_config(fields)) is not None:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """
+    What a library raises while it loads a model, in words that name the file and the entry.
+
+    Raises:
+        InputError: instead of any other exception.
+    """
+    try:
+        check_sizes(Path(source))
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever a broken file makes the model's code do
+        problem = culprit(Path(source, "config.json"), build_model)
+        raise InputError(problem or f"{source}: cannot be read as a model: {one_line(error)}") from error
 
 
 def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -140,7 +194,7 @@ def import_checkpoint(
     """
     folder, gguf = split_source(source)
     with staged(destination) as staging:
-        try:
+        with readable(folder):
             config_dict, _ = source_config(folder, **gguf)
             read_config(config_dict, source)  # refuses what the decoder does not have, before anything else is read
             tokenizer = load_tokenizer(folder, **gguf)
@@ -148,8 +202,6 @@ def import_checkpoint(
                 folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=allow_missing,
                 output_loading_info=allow_missing, **gguf,
             )  # fmt: skip
-        except OSError as error:
-            raise InputError(f"{source}: cannot be read as a model: {error}") from error
         model, info = loaded if allow_missing else (loaded, {"missing_keys": (), "mismatched_keys": ()})
         check_model(model, tokenizer, source)
         save(staging, model, tokenizer)
@@ -176,12 +228,10 @@ def load_for_export(source: str, dtype: str) -> tuple[HfLmForCausalLM, PreTraine
     Raises:
         InputError: they cannot be read.
     """
-    try:
+    with readable(source):
         HfLmConfig.from_pretrained(source)
         tokenizer = load_tokenizer(source)
         model = HfLmForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, dtype)).eval()
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read as a model: {error}") from error
     check_model(model, tokenizer, source)
     return model, tokenizer
 

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -180,9 +181,9 @@ def check_index(folder: str) -> None:
     for path in sorted(Path(folder).glob("*.safetensors.index.json")):
         try:
             files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{path}: no index of a sharded checkpoint, it needs a weight_map ({error!r})."
+                f"{path}: no index of a sharded checkpoint, it needs a weight_map of tensors to files ({error!r})."
             ) from error
         for name in files:
             if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
@@ -216,6 +217,23 @@ def check_loaded(model: PreTrainedModel, info, source: str, with_head: bool) -> 
     texts = [f"{what}: {_listed(sorted(names))}" for what, names in problems.items() if names]
     if texts:
         raise WeightsError(f"{source}: the tensors do not fit the configuration; " + "; ".join(texts))
+
+
+def check_complete(model: PreTrainedModel, info: dict, source: str) -> None:
+    """
+    As `check_loaded`, for a model that is used as it is (of any family): nothing may be missing, its head included.
+
+    Args:
+        info: what `output_loading_info=True` gives.
+
+    Raises:
+        InputError: naming the tensors.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise WeightsError(f"{source}: the weights lack {_listed(missing)}.")
+    if not isinstance(model, HfLmPreTrainedModel):  # published checkpoints carry what only their training needs
+        info = info | {"unexpected_keys": set()}
+    check_loaded(model, SimpleNamespace(**info, conversion_errors={}), source, with_head=True)
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
