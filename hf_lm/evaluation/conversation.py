@@ -1,5 +1,6 @@
 """Answers in a conversation: one, streamed; or many at once, to see how often the model ends by itself."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -46,30 +47,32 @@ def first_answers(
     The model's likeliest answer to the opening of each conversation.
 
     Args:
-        conversations: rows with `messages`; what comes before the first message of the assistant is the prompt.
+        conversations: rows with `messages`; what comes before the first message of the assistant is the prompt. One
+            that leaves no room for an answer is passed over.
+        max_new_tokens: length of an answer at most; not more than half of what the model takes.
 
     Returns:
         `prompt` (messages), `answer`, and `ended`: whether it ended by itself within `max_new_tokens`.
     """
     limit, stops = context_limit(model), model.generation_config.eos_token_id
     stops = torch.tensor([stops] if isinstance(stops, int) else stops or [], device=model.device)
+    room = min(max_new_tokens, (limit or 2 * max_new_tokens) // 2)
     prompts = []
     for row in conversations:
         turns = row["messages"]
         answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        if answer:
-            prompts.append(turns[:answer])
+        ids = prompt_ids(tokenizer, turns[:answer], None, 0) if answer else []
+        if ids and len(ids) + room <= (limit or math.inf):
+            prompts.append((turns[:answer], ids))
     answers = []
     was_training = model.training
     model.eval()
     for start in range(0, len(prompts), batch_size):
-        batch = [
-            prompt_ids(tokenizer, prompt, limit, max_new_tokens) for prompt in prompts[start : start + batch_size]
-        ]
+        batch = [ids for _, ids in prompts[start : start + batch_size]]
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None)  # fmt: skip
+        output = model.generate(**inputs, max_new_tokens=room, do_sample=False, temperature=None, top_p=None, top_k=None)  # fmt: skip
         new = output[:, inputs["input_ids"].shape[1] :]
-        for prompt, ids in zip(prompts[start:], new, strict=False):
+        for (prompt, _), ids in zip(prompts[start:], new, strict=False):
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
             answers.append({"prompt": prompt, "answer": text, "ended": bool(torch.isin(ids, stops).any())})
     model.train(was_training)

@@ -294,7 +294,10 @@ def read_artifacts(folder: Path) -> dict:
     Raises:
         InputError: no model folder, or a file in it that cannot be read.
     """
-    config = read_json(folder / "config.json")
+    config, adapter = (read_json(folder / f"{name}.json") for name in ("config", "adapter_config"))
+    if adapter and not config:  # an adapter is described by its base model
+        base = Path(adapter.get("base_model_name_or_path") or "")
+        config = read_json(base / "config.json") or {"architectures": ["ForCausalLM"]}
     if not config:
         raise InputError(f"{folder}: not a model folder, it has no config.json.")
     if config.get("model_type") == HfLmConfig.model_type:  # the file leaves defaults out

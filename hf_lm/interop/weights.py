@@ -322,6 +322,8 @@ def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, exp
     info, offload_index = load(model, state_dict, checkpoint_files, load_config, expected_keys)
     if family is not None:
         model._weight_conversions = None  # so that `save_pretrained` writes the layout that fits our config
+    if getattr(model, "_hf_peft_config_loaded", False):  # the files are an adapter's: the library checks them
+        return info, offload_index
     if not load_config.ignore_mismatched_sizes and not _reporting.get() and (family is not None or checkpoint_files):
         with_head = family is not None or any(name.startswith("model.") for name in names)
         check_loaded(model, info, source, with_head)

@@ -27,6 +27,14 @@ CHAT_TEMPLATE = (
 MARK = "{% generation %}"
 
 
+def use_chat_template(tokenizer) -> None:
+    """Give the tokenizer our template, with the token that starts a turn, unless its own marks what is learned."""
+    if MARK not in (tokenizer.chat_template or ""):
+        tokenizer.chat_template = CHAT_TEMPLATE
+        if TURN not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+
+
 def _check(rows, where: str):
     """
     Rows with `messages` (or `prompt` and `completion`, which are made into some).
@@ -72,10 +80,8 @@ class Chat(Task):
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
             if MARK not in tokenizer.chat_template:
                 raise InputError(f"chat_template: {path} has no {MARK} around the assistant's words.")
-        elif MARK not in (tokenizer.chat_template or ""):
-            tokenizer.chat_template = CHAT_TEMPLATE
-            if TURN not in tokenizer.get_vocab():
-                tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+        else:
+            use_chat_template(tokenizer)
         return tokenizer
 
     def encode(self, rows, tokenizer, split: str) -> Dataset:
@@ -95,7 +101,10 @@ class Chat(Task):
         rows = self.rows.get("test", self.rows.get("validation"))
         if rows is not None:
             answers = first_answers(trainer.model, trainer.processing_class, rows)
-            scores |= {"self_ended": sum(row["ended"] for row in answers) / len(answers), "answers": len(answers)}
+            scores |= {
+                "self_ended": sum(row["ended"] for row in answers) / max(len(answers), 1),
+                "answers": len(answers),
+            }
         return scores
 
     def summary(self, metrics: dict) -> str:

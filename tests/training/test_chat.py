@@ -1,0 +1,169 @@
+"""Conversations: only the assistant's words are learned, answers end, adapters are merged and handed on."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_lm.cli import main
+from hf_lm.data.packing import IGNORED
+from hf_lm.errors import InputError
+from hf_lm.training.adapters import merge_adapter
+from hf_lm.training.arguments import parse_recipe
+from hf_lm.training.run import train
+from hf_lm.training.tasks import task_class
+
+PAIRS = [("Who are you?", "Call me Ishmael."), ("What is the sea?", "A hill of water."), ("And the whale?", "White.")]
+
+
+def turns(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def write_rows(path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def chat(recipe, tmp_path):
+    """`chat(key=value, ...)`: the parsed recipe of a short conversation run."""
+    data = write_rows(tmp_path / "chat.jsonl", [{"messages": turns(*pair)} for pair in PAIRS * 8])
+
+    def parsed(**changes):
+        keys = {
+            "task": "chat",
+            "train_file": data,
+            "test_file": data,
+            "max_eval_samples": 3,
+            "sample_prompts": None,
+            **changes,
+        }
+        return parse_recipe(recipe(**keys), [])
+
+    return parsed
+
+
+def trainer_of(parsed):
+    return task_class("chat")(*parsed).build_trainer(None)
+
+
+def test_only_the_assistants_words_and_their_end_are_learned(chat):
+    trainer = trainer_of(chat(packing=False))
+    tokenizer = trainer.processing_class
+    row = trainer.train_dataset[0]
+    learned = tokenizer.decode(row["labels"][np.asarray(row["labels"]) != IGNORED])
+    assert learned == PAIRS[0][1] + tokenizer.eos_token
+    whole = tokenizer.decode(row["input_ids"])
+    assert whole == "<|bos|><|im_start|>user\nWho are you?<|eos|>\n<|im_start|>assistant\nCall me Ishmael.<|eos|>\n"
+
+
+def test_packed_conversations_hold_every_example_once(chat):
+    packed, single = (trainer_of(chat(packing=packing)).train_dataset for packing in (True, False))
+    assert len(packed) < len(single)
+    starts = sum(int((np.asarray(row["position_ids"]) == 0).sum()) for row in packed)
+    assert starts == len(single)
+    for name in ("input_ids", "labels"):
+        assert sum(int(row[name].sum()) for row in packed) == sum(int(row[name].sum()) for row in single)
+
+
+def test_a_trained_model_answers_and_stops(chat, tmp_path, monkeypatch, capsys):
+    metrics = train(*chat(max_steps=120, eval_strategy="no", save_strategy="no", learning_rate=0.01))
+    assert metrics["self_ended"] == 1.0 and metrics["answers"] == 3
+    assert "answers end by themselves" in metrics["summary"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n\n/new\nWho are you?\n" + "long " * 90 + "\n"))
+    assert main(["chat", str(tmp_path / "run"), "--max-new-tokens", "12"]) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [PAIRS[0][1]] * 2
+    assert "the model takes 64" in output.err
+
+
+def test_a_model_without_a_template_is_told(tmp_path, recipe, capsys):
+    train(*parse_recipe(recipe(max_steps=1, eval_strategy="no"), []))
+    assert main(["chat", str(tmp_path / "run")]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "Why?"}], "needs a column messages .or prompt and completion.; it has question"),
+        ([{"messages": turns("Why?", "So.")}, {"messages": turns("Why?")}], "row 1 has no message of the assistant"),
+        ([{"messages": turns("Why?", "")}], "row 0 is not a list of messages"),
+        ([{"messages": turns("word " * 200, "So.")}] * 2, "all 2 examples are longer than block_size 64"),
+    ],
+)
+def test_bad_rows_are_named(chat, tmp_path, rows, message):
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(InputError, match=message):
+        trainer_of(chat(train_file=path, test_file=None, validation_split_percentage=0))
+
+
+def test_prompt_and_completion_are_a_conversation(chat, tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": a, "completion": b} for a, b in PAIRS])
+    trainer = trainer_of(chat(train_file=path, test_file=None, validation_split_percentage=0, packing=False))
+    assert "Call me Ishmael." in trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+
+
+def test_a_template_without_the_mark_is_refused(chat, tmp_path):
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    with pytest.raises(InputError, match="has no {% generation %}"):
+        trainer_of(chat(chat_template=str(tmp_path / "template.jinja")))
+    with pytest.raises(InputError, match="does not exist"):
+        trainer_of(chat(chat_template="none.jinja"))
+
+
+def test_an_adapter_is_trained_reloaded_merged_and_handed_on(chat, tmp_path, capsys):
+    pytest.importorskip("peft")
+    base = tmp_path / "base"
+    train(*chat(output_dir=str(base), max_steps=20, eval_strategy="no", save_strategy="no"))
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    keys = {"model_name_or_path": str(base), "use_peft": True, "muon_learning_rate": None, "config_overrides": None}
+    metrics = train(*chat(**keys, max_steps=4, eval_strategy="no"))
+    assert (run / "adapter_model.safetensors").exists() and not (run / "model.safetensors").exists()
+    assert metrics["base_model"]["id"] == str(base)
+    assert main(["merge", str(run), str(merged)]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = tokenizer("Who are you?", return_tensors="pt").input_ids
+    adapted, plain = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (run, merged))
+    torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert any(
+        not torch.equal(value, other)
+        for value, other in zip(
+            load_file(base / "model.safetensors").values(),
+            load_file(merged / "model.safetensors").values(),
+            strict=True,
+        )
+    )
+    assert main(["merge", str(run), str(merged)]) == 2  # it is there already
+    assert main(["merge", str(base), str(tmp_path / "none")]) == 2
+    other = tmp_path / "other"
+    train(*chat(output_dir=str(other), max_steps=1, eval_strategy="no",
+                config_overrides={"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}))  # fmt: skip
+    capsys.readouterr()
+    assert main(["merge", str(run), str(tmp_path / "none"), "--base", str(other)]) == 2
+    assert "made for another model" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        merge_adapter(str(run), str(tmp_path / "gone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+def test_trl_takes_the_same_conversations(chat, tmp_path, repository, kind):
+    train(*chat(max_steps=2, eval_strategy="no", save_strategy="no", block_size=256, config_overrides={
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 1024}))  # fmt: skip
+    command = [sys.executable, str(repository / "recipes/chat/with_trl.py"), kind, str(tmp_path / "run"), str(tmp_path / "out")]  # fmt: skip
+    words = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--bf16", "False"]  # fmt: skip
+    if kind == "grpo":
+        words += ["--num_generations", "2", "--max_completion_length", "8"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "hf_lm"
