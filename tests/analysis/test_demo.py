@@ -1,0 +1,230 @@
+"""`hf-lm demo`: the page in a real browser, as a person uses it: type, click, see the answer grow."""
+
+import itertools
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmForSequenceClassification
+from hf_lm.tokenization import train_tokenizer
+
+pytestmark = pytest.mark.slow
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def small(cls, folder, tokenizer, **settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "zero_init_residual": False}
+    ids = {"pad_token_id": tokenizer.pad_token_id}  # without an eos: answers are as long as they may be
+    cls(
+        HfLmConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **ids, **sizes, **settings)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory, moby_dick):
+    """A model that generates, chats and translates."""
+    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|en-de|>"]}, replace_extra_special_tokens=False)
+    return small(HfLmForCausalLM, tmp_path_factory.mktemp("talker"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, moby_dick):
+    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
+    labels = {"id2label": {0: "sea", 1: "land"}, "label2id": {"sea": 0, "land": 1}}
+    return small(HfLmForSequenceClassification, tmp_path_factory.mktemp("classifier"), tokenizer, **labels)
+
+
+class Page:
+    """A page in headless Chromium, by its DevTools protocol."""
+
+    def __init__(self, socket):
+        self.socket, self.numbers, self.requests, self.errors = socket, itertools.count(1), [], []
+
+    def call(self, method: str, **params) -> dict:
+        number = next(self.numbers)
+        self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            message = json.loads(self.socket.recv(timeout=30))
+            if message.get("method") == "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
+            if message.get("method") == "Runtime.exceptionThrown":
+                self.errors.append(message["params"]["exceptionDetails"])
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
+
+    def value(self, expression: str):
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = 30):
+        """The first value of an expression that is not empty."""
+        end = time.monotonic() + seconds
+        while not (found := self.value(expression)):
+            assert time.monotonic() < end, f"never true: {expression}\n{self.value('document.body.innerText')}"
+            time.sleep(0.05)
+        return found
+
+    def found(self, label: str, role: str = "") -> str:
+        """The middle of the button or tab of that name, if it can be clicked at, as JavaScript."""
+        return f"""(() => {{
+            for (const node of document.querySelectorAll("button")) {{
+                if (node.innerText.trim() !== {json.dumps(label)} || (node.role ?? "") !== "{role}") continue;
+                node.scrollIntoView({{block: "center"}});
+                const box = node.getBoundingClientRect();
+                const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+                if (!node.disabled && node.contains(document.elementFromPoint(x, y))) return [x, y];
+            }}
+        }})()"""
+
+    def click(self, label: str, role: str = "") -> None:
+        x, y = self.wait(self.found(label, role))
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def tab(self, label: str) -> None:
+        self.click(label, "tab")
+        chosen = f'[...document.querySelectorAll("[role=tab]")].find(tab => tab.innerText.trim() === "{label}")'
+        self.wait(f'{chosen}.ariaSelected === "true" && {FIELDS}.length > 0')
+
+    def type(self, text: str) -> None:
+        """Type into the first text field."""
+        self.wait(
+            f"(() => {{ const field = {FIELDS}[0]; field?.focus(); return document.activeElement === field; }})()"
+        )
+        self.call("Input.insertText", text=text)
+
+    def press_enter(self) -> None:
+        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, **key)
+
+    def contrast(self, selector: str) -> float:
+        """The least ratio between a text and its ground, a see-through colour on the page (WCAG 2, 1.4.3)."""
+        return self.value(
+            """(() => {
+            const colour = (node, name) => getComputedStyle(node)[name].match(/[\\d.]+/g).map(Number);
+            const light = rgb => rgb.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0.05);
+            const paper = colour(document.body, "backgroundColor");
+            return Math.min(...[...document.querySelectorAll(SELECTOR)].map(node => {
+                const [r, g, b, a = 1] = colour(node, "backgroundColor");
+                const ground = light([r, g, b].map((v, i) => v * a + paper[i] * (1 - a)));
+                const text = light(colour(node, "color").slice(0, 3));
+                return Math.max(text, ground) / Math.min(text, ground);
+            }));
+            })()""".replace("SELECTOR", json.dumps(selector))
+        )
+
+
+FIELDS = '[...document.querySelectorAll("textarea:not([disabled])")].filter(field => field.offsetParent)'
+LAST = '[...document.querySelectorAll("textarea")].filter(field => field.offsetParent).at(-1).value'
+
+
+@contextmanager
+def opened(folder, profile):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    browser = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+    assert browser, "no browser; on Debian: apt-get install chromium"
+    address = f"http://127.0.0.1:{port}/"
+    server = subprocess.Popen([sys.executable, "-m", "hf_lm", "demo", str(folder), "--port", str(port)])
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--window-size=1000,1400",
+    ]
+    driven = None
+    try:
+        for _ in range(600):
+            assert server.poll() is None
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        driven = subprocess.Popen(
+            [browser, *flags, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        devtools = next(re.search(r"ws://([^/]+)", line)[1] for line in driven.stderr if "DevTools listening" in line)
+        with urllib.request.urlopen(f"http://{devtools}/json/list") as response:
+            target = next(page for page in json.load(response) if page["type"] == "page")
+        from websockets.sync.client import connect
+
+        with connect(target["webSocketDebuggerUrl"], max_size=None) as link:
+            page = Page(link)
+            for domain in ("Network", "Runtime", "Page"):
+                page.call(f"{domain}.enable")
+            page.call("Page.navigate", url=address)
+            yield page
+        assert page.errors == []
+        assert {url for url in page.requests if not url.startswith((address, "data:", "blob:"))} == set()
+    finally:
+        for process in (driven, server):
+            if process is not None:
+                process.terminate()
+                process.wait(30)
+
+
+def test_person_generates_chats_translates_and_sees_surprise(talker, tmp_path):
+    with opened(talker, tmp_path / "profile") as page:
+        page.tab("Generate")
+        page.type("Call me")
+        page.click("Generate")
+        first = page.wait(f'{LAST}.startsWith("Call me") && {LAST}')
+        page.wait(f"{LAST}.length > {len(first)}")  # the text grows while one looks on
+        page.click("Stop")
+        page.wait(page.found("Generate"))
+        stopped = page.value(LAST)
+        time.sleep(0.5)
+        assert page.value(LAST) == stopped
+
+        page.tab("Chat")
+        page.type("Hello")
+        page.press_enter()
+        answer = '[...document.querySelectorAll("[data-testid=bot]")].at(-1)?.innerText'
+        first = page.wait(answer)
+        page.wait(f"{answer}.length > {len(first)}")
+
+        page.tab("Translate")
+        page.type("Call me")
+        page.click("Translate")
+        assert page.wait(LAST)
+
+        page.tab("Surprise")
+        page.type("Call me <b>Ishmael</b>")
+        page.click("Show")
+        tokens = page.wait('[...document.querySelectorAll("span[title$=bits]")].map(node => node.innerText)')
+        assert "".join(tokens) == "Call me <b>Ishmael</b>"
+        for scheme, paper in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(15, 15, 17)")):
+            page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            page.wait(f"getComputedStyle(document.body).backgroundColor === {json.dumps(paper)}")
+            assert page.contrast('span[title$="bits"]') > 4.5
+        page.type("whale " * 600)
+        page.click("Show")
+        page.wait('document.body.innerText.includes("the model takes 512")')  # what is wrong is said
+
+
+def test_person_classifies(classifier, tmp_path):
+    with opened(classifier, tmp_path / "profile") as page:
+        page.type("Call me Ishmael")
+        page.click("Classify")
+        text = page.wait('document.body.innerText.includes("land") && document.body.innerText')
+        assert sum(map(int, re.findall(r"(\d+)%", text))) in (99, 100, 101)
