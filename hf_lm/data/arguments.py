@@ -26,6 +26,9 @@ class DataArguments:
     control_split_percentage: float = field(
         default=0.0, metadata={"help": "score only the last so many per cent of control_file; 0: all of it"}
     )
+    replay_percentage: float = field(
+        default=0.0, metadata={"help": "mix so many per cent of blocks of the rest of control_file into the training"}
+    )
     split_column_name: str | None = field(
         default=None, metadata={"help": "column that says of each row of train_file: train, validation or test"}
     )
@@ -88,6 +91,8 @@ class DataArguments:
                 "validation_split_percentage: must be at least 0 and less than 100, got "
                 f"{self.validation_split_percentage}."
             )
+        if not 0 <= self.replay_percentage < 100:
+            raise InputError(f"replay_percentage: must be at least 0 and less than 100, got {self.replay_percentage}.")
         for name in ("block_size", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

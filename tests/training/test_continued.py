@@ -68,3 +68,25 @@ def test_mistakes_are_named(recipe, tmp_path, base):
     ):
         with pytest.raises(InputError, match=message):
             train(*continued(recipe, tmp_path, base, **changes))
+
+
+def test_replayed_text_is_mixed_in(recipe, tmp_path, base):
+    from hf_lm.training.tasks import task_class
+
+    def blocks(**changes):
+        keys = continued(recipe, tmp_path, base, **changes)
+        keys[0].config_overrides = None
+        trainer = task_class("causal-lm")(*keys).build_trainer(None)
+        return [trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset]
+
+    plain, mixed = blocks(), blocks(replay_percentage=40)
+    assert set(plain) <= set(mixed) and not any("Ishmael" in text for text in plain)
+    replayed = [text for text in mixed if text not in plain]
+    assert any("Ishmael" in text for text in replayed)
+    assert 0.2 < len(replayed) / len(mixed) < 0.6
+    for changes, message in (
+        ({"control_file": None}, "needs a control_file"),
+        ({"control_split_percentage": 0}, "needs a control_split"),
+    ):
+        with pytest.raises(InputError, match=message):
+            blocks(replay_percentage=40, **changes)

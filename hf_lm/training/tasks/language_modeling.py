@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, interleave_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ...data.arguments import DataArguments
@@ -29,7 +29,15 @@ class LanguageModeling(Task):
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
         arguments = self.training_arguments
         readers = arguments.world_size * max(arguments.dataloader_num_workers, 1) if split == "train" else 1
-        return pack_documents(rows, tokenizer, self.data_arguments.block_size, readers)
+        block_size, share = self.data_arguments.block_size, self.data_arguments.replay_percentage / 100
+        blocks = pack_documents(rows, tokenizer, block_size, readers)
+        if split != "train" or not share:
+            return blocks
+        # What the model knew is read again among the new: the rest of control_file, as often as it takes.
+        replayed = pack_documents(self.control["train"], tokenizer, block_size)
+        seed = self.training_arguments.seed
+        mixed = interleave_datasets([blocks, replayed], [1 - share, share], seed, stopping_strategy="all_exhausted")
+        return mixed.with_format("numpy")
 
     def build_trainer(self, checkpoint: str | None):
         data, base = self.data_arguments, self.model_arguments.model_name_or_path
@@ -37,8 +45,15 @@ class LanguageModeling(Task):
             if base is None:
                 raise InputError("control_file: needs a model_name_or_path, whose scores it compares with.")
             percent = data.control_split_percentage
-            control = load_documents(DataArguments(train_file=data.control_file, validation_split_percentage=percent))
-            self.control = control["validation" if percent else "train"]
+            if data.replay_percentage and (not percent or data.streaming):
+                raise InputError(
+                    "replay_percentage: needs a control_split_percentage (scored, not replayed), no streaming."
+                )
+            self.control = load_documents(
+                DataArguments(train_file=data.control_file, validation_split_percentage=percent)
+            )
+        elif data.replay_percentage:
+            raise InputError("replay_percentage: needs a control_file, whose text is replayed.")
         trainer = super().build_trainer(checkpoint)
         if data.control_file:
             model = AutoModelForCausalLM.from_pretrained(base).to(trainer.args.device)
@@ -47,7 +62,8 @@ class LanguageModeling(Task):
 
     def _bits_per_byte(self, model, tokenizer) -> dict[str, float]:
         """On the held-out text, and on `control_file`."""
-        sources = {"bits_per_byte": self.rows.get("validation"), "control_bits_per_byte": self.control}
+        control = self.control.get("validation", self.control["train"])
+        sources = {"bits_per_byte": self.rows.get("validation"), "control_bits_per_byte": control}
         block_size = self.data_arguments.block_size
         return {
             name: score_documents(model.eval(), tokenizer, self.texts(rows), block_size).bits_per_byte

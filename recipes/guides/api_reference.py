@@ -1,0 +1,80 @@
+"""Write api.md from the docstrings: python recipes/guides/api_reference.py"""
+
+import importlib
+import inspect
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import hf_lm
+from hf_lm.cli import COMMANDS
+
+# What people call; the rest of the package may change.
+MODULES = (
+    "tokenization", "data.documents", "data.packing", "data.examples", "training.run", "training.trainer",
+    "training.optimizers", "training.adapters", "training.tasks.base", "evaluation.text", "evaluation.sentences",
+    "evaluation.quality", "evaluation.translation", "evaluation.conversation", "analysis.explain", "analysis.plan",
+    "interop.convert", "interop.gguf", "hub.card", "hub.doctor", "hub.push",
+)  # fmt: skip
+
+
+def entry(name: str, item) -> str:
+    """One class or function: name, signature, docstring as written."""
+    try:
+        signature = re.sub(r"<function (\w+) at 0x\w+>", r"\1", str(inspect.signature(item)))
+    except ValueError:
+        signature = ""
+    text = inspect.getdoc(item) or ""
+    return f"### `{name}`\n\n```text\n{name.split('.')[-1]}{signature}\n\n{text}\n```\n"
+
+
+def public(module) -> list[tuple[str, object]]:
+    """The documented classes and functions that are defined in a module, in its order."""
+    return [
+        (name, item)
+        for name, item in vars(module).items()
+        if not name.startswith("_")
+        and getattr(item, "__module__", None) == module.__name__
+        and (inspect.isclass(item) or inspect.isfunction(item))
+        and inspect.getdoc(item)
+    ]
+
+
+def keys(group) -> str:
+    """The keys that one dataclass adds to a recipe, as a table."""
+    inherited = {
+        field.name for base in group.__mro__[1:] for field in getattr(base, "__dataclass_fields__", {}).values()
+    }
+    own = vars(group).get("__annotations__", {})
+    rows = ["| key | default | what |", "|---|---|---|"]
+    for field in fields(group):
+        if field.name in own and "help" in field.metadata:
+            default = "" if field.default in (MISSING, None) else f"`{field.default}`"
+            changed = " (upstream's key)" if field.name in inherited else ""
+            rows.append(f"| `{field.name}` | {default} | {field.metadata['help'].replace('|', '/')}{changed} |")
+    return "\n".join(rows)
+
+
+def reference() -> str:
+    """The whole page."""
+    from hf_lm.data.arguments import DataArguments
+    from hf_lm.training.arguments import HfLmTrainingArguments, ModelArguments
+
+    parts = [
+        "# Reference\n\nMade by `python recipes/guides/api_reference.py` from the docstrings; do not edit.\n",
+        "## Commands\n\n| `hf-lm` | what it does |\n|---|---|",
+        *(f"| `{name}` | {what} |" for name, (_, what) in COMMANDS.items()),
+        "\n## Keys of a recipe\n\nAnd all keys of `transformers.TrainingArguments`.\n",
+        *(f"{keys(group)}\n" for group in (ModelArguments, DataArguments, HfLmTrainingArguments)),
+        "## The model\n",
+        *(entry(f"hf_lm.{name}", getattr(hf_lm, name)) for name in hf_lm.__all__ if name[0] != "_"),
+    ]
+    for name in MODULES:
+        module = importlib.import_module(f"hf_lm.{name}")
+        about = (inspect.getdoc(module) or "").strip()
+        parts += [f"## `hf_lm.{name}`\n\n{about}\n", *(entry(item_name, item) for item_name, item in public(module))]
+    return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("api.md").write_text(reference(), encoding="utf-8")

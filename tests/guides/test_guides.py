@@ -1,0 +1,134 @@
+"""Every command and code block of the README and the guides runs, in order, page by page."""
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_lm.cli import COMMANDS, main
+
+REPOSITORY = Path(__file__).parents[2]
+GUIDES = REPOSITORY / "recipes" / "guides"
+PAGES = [REPOSITORY / "README.md", *sorted(GUIDES.glob("*.md"))]
+PAGES += sorted((REPOSITORY / "recipes").glob("*/README.md"))
+PAGES = [page for page in PAGES if page.name != "api.md"]
+# The same commands, on less: what is shown is that they run, not what comes out.
+SHORTER = (
+    "--max_steps 2 --logging_steps 1 --max_train_samples 60 --max_eval_samples 4 --eval_strategy no --save_strategy no "
+    "--per_device_train_batch_size 2 --sample_tokens 2"
+)
+SKIPPED = ("pip install", "hf auth login", "hf download")  # .ci/run makes the environment from the README's commands
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each fenced block that is meant to be run."""
+    found = re.findall(r"^```(bash|python)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+    return [(language, text) for language, text in found]
+
+
+def shorter(line: str) -> str:
+    """A training command with fewer steps; anything else as it is."""
+    if re.search(r"hf[-_]lm train ", line) and "--resume" not in line:
+        return f"{line} {SHORTER}" + ("" if "--output_dir" in line else " --overwrite")
+    return line
+
+
+def run_line(line: str) -> None:
+    """One command: ours in this process, which saves loading torch each time; others by the shell."""
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["hf-lm"] and not re.search(r"[|&<>]", re.sub(r'"[^"]*"', "", line)):
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            code = main(words[1:])
+        # A page may show what is refused; then it says so beside the command.
+        assert code == (2 if "# refused" in line else 0), f"{line}\n{stderr.getvalue()}"
+        return
+    done = subprocess.run(["bash", "-ec", line], capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def run_bash(text: str) -> None:
+    lines = [line for line in re.sub(r"\\\n\s*", "", text).splitlines() if line.strip() and line[0] != "#"]
+    background = []
+    try:
+        for line in lines:
+            parts = [part.strip() for part in line.split("&&")]
+            for part in parts if all(re.match(r"pip |hf-lm |pytest", part) for part in parts) else [line.strip()]:
+                if part.startswith(SKIPPED) or part == "pytest":
+                    continue
+                if part.endswith("&"):
+                    background.append(subprocess.Popen(["bash", "-c", f"exec {part[:-1]}"], stdout=subprocess.DEVNULL))
+                else:
+                    run_line(shorter(part))
+    finally:
+        for process in background:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that looks like a fresh clone in which the default recipe has run, and a cache that holds SmolLM2."""
+    from real_checkpoint import smollm2_folder
+
+    folder = tmp_path_factory.mktemp("clone")
+    for path in REPOSITORY.iterdir():
+        if path.name not in ("runs", ".git"):
+            (folder / path.name).symlink_to(path)
+    repository = folder / "cache" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "snapshots" / "0").symlink_to(smollm2_folder())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
+    before, path = Path.cwd(), os.environ["PATH"]
+    os.chdir(folder)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{path}"
+    os.environ["HF_HUB_CACHE"] = str(folder / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+        run_line(shorter("hf-lm train recipes/moby_dick/config.yaml"))
+        run_line("hf-lm import HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2")
+        yield folder
+    os.chdir(before)
+    os.environ["PATH"] = path
+    del os.environ["HF_HUB_CACHE"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_block_of_a_page_runs(page, workplace):
+    for language, text in blocks(page):
+        if language == "bash":
+            run_bash(text)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, GUIDES / "api.md"]:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not link.startswith(("http://", "https://")):
+                assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_readme_names_every_command():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`{name}`" not in text] == []
+
+
+def test_the_reference_is_that_of_the_code():
+    reference = runpy.run_path(str(GUIDES / "api_reference.py"))["reference"]()
+    assert (GUIDES / "api.md").read_text(encoding="utf-8") == reference, "run recipes/guides/api_reference.py"
+
+
+def test_the_workflow_calls_the_same_script():
+    assert ".ci/run" in (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text()
