@@ -17,12 +17,12 @@ from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers.utils import logging
 
-from ..errors import InputError, one_line
+from ..errors import InputError, explained, one_line
 from .arguments import DataArguments
 
 logger = logging.get_logger(__name__)
 
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 DEPTH = 100  # levels of lists and objects inside each other
 SPLITS = ("train", "validation", "test")
 FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -75,40 +75,51 @@ def read_text(path: str) -> str:
 
 def check_json(path: str) -> None:
     """
-    Look for what makes the library's reader crash or lose its way, without an error that names it.
+    Look for what crashes the library's reader instead of raising an error: rows that are null, and very deep ones.
 
     Raises:
-        InputError: a row is null, or nested more than `DEPTH` levels deep; says which.
+        InputError: there is one; says where.
     """
+    depth = 0
     with open(path, "rb") as file:
-        depth, is_list = 0, file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
         file.seek(0)
         for number, line in enumerate(file, 1):
-            opened = line.count(b"{") + line.count(b"[")
-            if opened == line.count(b"}") + line.count(b"]") == 1 and line[:1] == b"{" and line.rstrip()[-1:] == b"}":
-                continue  # one flat object
-            if not is_list and line.strip() == b"null":
+            if line.strip() == b"null" and not is_list:
                 raise InputError(f"{path}: row {number} is null; each row must be an object {{...}}.")
+            brackets = sum(map(line.count, (b"{", b"}", b"[", b"]")))
+            if brackets == 2 and line[:1] == b"{" and line.rstrip()[-1:] == b"}":
+                continue  # one flat object
             for bracket in re.findall(rb"[][{}]", STRING.sub(b"", line)):
                 depth += 1 if bracket in b"[{" else -1
                 if depth > DEPTH:
-                    raise InputError(f"{path}: line {number} is nested more than {DEPTH} levels deep.")
+                    raise InputError(f"{path}: line {number}: more than {DEPTH} lists and objects inside each other.")
     if is_list:
-        rows = json.loads(read_text(path))
-        wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict | str)), None)
-        if wrong is not None:
-            raise InputError(f"{path}: row {wrong} is {rows[wrong - 1]!r:.40}; each row must be an object {{...}}.")
+        with explained(f"{path}: not a valid JSON file"):
+            rows = json.loads(read_text(path))
+        if None in rows:
+            raise InputError(f"{path}: row {rows.index(None) + 1} is null; each row must be an object {{...}}.")
 
 
 def broken_row(path: str) -> str | None:
     """Which line of a file of JSON rows cannot be read, and why; None if each can."""
+
+    def table(pairs: list[tuple]) -> dict:
+        if len(pairs) > len(dict(pairs)):
+            raise ValueError(f"a key is there twice: {', '.join(key for key, _ in pairs)}")
+        return dict(pairs)
+
+    def integer(digits: str) -> int:
+        if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 63:
+            raise ValueError(f"the number {digits[:20]} does not fit 64 bits")
+        return int(digits)
+
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(text) if text.strip() else {}
+                row = json.loads(line.decode("utf-8-sig").strip() or "{}", object_pairs_hook=table, parse_int=integer)
                 json.dumps(row, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 return f"row {number}: {one_line(error)}"
             if not isinstance(row, dict):
                 return f"row {number} is {row!r:.40}, not an object {{...}}"
@@ -175,15 +186,23 @@ def _load_files(key: str, arguments: DataArguments, keep):
             splits = load_dataset(kind, data_files=paths, streaming=arguments.streaming, **options)
             if "train" not in splits:
                 raise InputError(f"{key}: {where} holds no rows.")
+            if kind == "csv" and "__index_level_0__" in (splits["train"].column_names or ()):  # cells taken for names
+                raise InputError(f"{key}: {where} has rows of more cells than its first line has names.")
             return keep(splits["train"], where)
-    except (DatasetGenerationError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # whatever the readers of three libraries raise
         for path in paths if kind != "parquet" else ():
             read_text(path)  # not UTF-8: says which file, and where
             if kind == "json" and (row := broken_row(path)):
                 raise InputError(f"{key}: {path} cannot be read: {row}") from error
-        reason = "it holds no rows" if "corresponds to no data" in str(error) else one_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
+        if "corresponds to no data" in str(error):
+            reason = "it holds no rows"
+        elif isinstance(error.__cause__ or error, OverflowError):
+            reason = "a cell holds a number that does not fit 64 bits"
+        elif kind == "parquet":
+            reason = f"cut short, damaged or not of this format ({reason})"
         raise InputError(f"{key}: {where} cannot be read: {reason}") from error
 
 
@@ -200,10 +219,12 @@ def _library_is_silent() -> Iterator[None]:
 
 def _load_dataset(arguments: DataArguments, keep) -> dict:
     name = arguments.dataset_name
+    for path in sorted(Path(name).rglob("*.json*")) if os.path.isdir(name) else ():
+        check_json(str(path))
     try:
         splits = load_dataset(name, arguments.dataset_config_name, streaming=arguments.streaming)
     except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
-        raise InputError(f"dataset_name: {name} cannot be loaded: {error}") from error
+        raise InputError(f"dataset_name: {name} cannot be loaded: {one_line(error.__cause__ or error)}") from error
     if "train" not in splits:
         raise InputError(f"dataset_name: {name} has no split train; it has {', '.join(splits)}.")
     return {split: keep(splits[split], f"{name} ({split})") for split in SPLITS if split in splits}
