@@ -24,6 +24,8 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
+from .evaluation.conversation import context_limit
+
 MAX_BODY = 4 << 20  # bytes of a request: 128k tokens of most texts
 PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
 # arguments of apply_chat_template itself that bring a template of one's own, or padding to any length
@@ -82,8 +84,8 @@ class _Checked:
         except ValidationError as error:
             raise HTTPException(422, _first(error)) from error
         manager, prompt = self.model_manager, body.get(self.prompt)
-        if body.get("model") not in (None, manager.force_model):
-            raise HTTPException(404, f"model: only {manager.force_model!r} is served.")
+        if body.get("model") is not None:
+            manager.process_model_name(body["model"])
         if not isinstance(prompt, list if self.prompt == "messages" else str):
             raise HTTPException(422, f"{self.prompt}: is missing, or not of the right kind.")
         if self.prompt == "messages" and not manager.tokenizer.chat_template:
@@ -134,10 +136,14 @@ class _OneModel(ModelManager):
     def __init__(self, name: str, model, tokenizer):
         super().__init__()
         self.force_model, self.model, self.tokenizer = name, model, tokenizer
-        config = model.config.get_text_config()
-        self.vocab_size = config.vocab_size
-        self.limit = getattr(config, "max_position_embeddings", None) or MAX_BODY  # tokens
+        self.vocab_size = model.config.get_text_config().vocab_size
+        self.limit = context_limit(model) or MAX_BODY  # tokens
         self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
+
+    def process_model_name(self, name: str) -> str:
+        if name != self.force_model:
+            raise HTTPException(404, f"model: only {self.force_model!r} is served.")
+        return name
 
     def load_model_and_processor(self, *args, **kwargs) -> tuple:
         return self.model, self.tokenizer
@@ -186,6 +192,12 @@ def build_app(name: str, model, tokenizer) -> FastAPI:
     handlers = (handler(manager, state) for handler in (_Chat, _Completion))
     app = build_server(manager, *handlers, None, None, None, generation_state=state)
     app.router.routes = [route for route in app.routes if getattr(route, "path", None) in PATHS]
+
+    @app.post("/load_model")
+    def load_model(body: dict) -> Response:  # `transformers chat` asks for it first
+        manager.process_model_name(body.get("model"))
+        return Response('data: {"status": "ready", "cached": true}\n\n', media_type="text/event-stream")
+
     app.add_middleware(_BodyLimit, max_body_size=MAX_BODY)
 
     @app.exception_handler(AnyHTTPException)

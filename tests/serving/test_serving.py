@@ -189,7 +189,12 @@ def test_over_long_prompts_are_refused_before_they_cost_anything(text, chat):
 
 def test_nothing_but_the_model_can_be_reached(text):
     assert text.get("/health").json() == {"status": "ok"}
-    for path in ("/load_model", "/reset", "/v1/audio/transcriptions", "/v1/systemone"):
+    assert '"ready"' in text.post("/load_model", json={"model": "whale"}).text  # `transformers chat` starts so
+    for name in ("owner/name", 5, None, ["whale"]):
+        refused(text.post("/load_model", json={"model": name}), 404, "only 'whale' is served")
+        if name is not None:
+            refused(text.post(TEXT, json={"prompt": "a", "model": name}), 404, "only 'whale' is served")
+    for path in ("/reset", "/v1/audio/transcriptions", "/v1/systemone"):
         refused(text.post(path, json={"model": "owner/name"}), 404, "Not Found")
     for path in ("/docs", "/openapi.json", "/../etc/passwd"):
         refused(text.get(path), 404, "Not Found")
@@ -205,7 +210,7 @@ def test_answers_nobody_waits_for_are_given_up(text):
         assert text.post(TEXT, json={"prompt": "a", "max_tokens": tokens}).status_code == 200
         return time.monotonic() - start
 
-    assert seconds(abandoned=12, tokens=1) < 3 * seconds(abandoned=0, tokens=CONTEXT)
+    assert seconds(abandoned=12, tokens=1) < 8 * seconds(abandoned=0, tokens=128)  # all: 96 times as long
 
 
 def test_serve_refuses_wrong_arguments(tmp_path, capsys):
