@@ -10,7 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .hardware import device_type, has_fast_bfloat16
 
 
@@ -138,6 +138,8 @@ class HfLmTrainingArguments(TrainingArguments):
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise InputError(f"spike_factor: must be more than 1, got {self.spike_factor}.")
         self.use_cpu = device == "cpu"  # upstream takes bfloat16 on a CPU only when told that it is one
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):  # as YAML has it
+            self.fsdp = self.fsdp.lower() == "true"
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_fast_bfloat16(device)
         if self.early_stopping_patience is not None:
@@ -186,7 +188,7 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"{path}: must hold keys and values, got {type(recipe).__name__}.")
@@ -202,8 +204,11 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
         raise InputError(f"{path}: {error}") from error
     try:
         *parsed, left_over = parser.parse_args_into_dataclasses([*words, *overrides], return_remaining_strings=True)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    except InputError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:
+        keys = [key for key, value in recipe.items() if str(error).startswith(f"{value} ")]
+        raise InputError(": ".join([*keys[:1], one_line(error)])) from error
     if left_over:
         raise unknown(left_over[0].lstrip("-").split("=")[0].replace("-", "_"), "command line")
     return tuple(parsed)

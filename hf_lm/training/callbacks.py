@@ -56,7 +56,9 @@ class SampleCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or not args.sample_prompts:
+        # A forward of a sharded model takes all processes.
+        sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+        if not args.sample_prompts or not (sharded or state.is_world_process_zero):
             return
         was_training, use_cache = model.training, model.config.use_cache
         model.eval()
@@ -72,6 +74,8 @@ class SampleCallback(TrainerCallback):
                 samples.append({"prompt": prompt, "text": self.tokenizer.decode(output[0], skip_special_tokens=True)})
         model.train(was_training)
         model.config.use_cache = use_cache
+        if not state.is_world_process_zero:
+            return
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) + "\n")

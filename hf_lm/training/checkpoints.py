@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -27,11 +28,15 @@ ASIDE = ".saving"
 # What exact resumption needs, and what is lost without it.
 NEEDED = {"trainer_state.json": "the step", "*.safetensors*": "the weights"}
 CAN_START_ANEW = {
-    "optimizer.pt": "the optimizer's state",
+    "optimizer.*": "the optimizer's state",
     "scheduler.pt": "the place in the learning-rate schedule",
     "rng_state*.pth": "the random number generators' state",
 }
+PACKAGES = ("torch", "transformers", "hf-lm")
 PROGRESS = "progress"  # entry of the manifest: the place in the data, and counts
+
+
+version = cache(metadata.version)  # looks through all that is installed
 
 
 def _hash_and_sync(path: Path) -> dict:
@@ -75,7 +80,7 @@ def seal(folder: Path, target: Path, **facts) -> None:
         written = list(threads.map(_hash_and_sync, files))
     manifest = {
         "files": {str(path.relative_to(folder)): facts for path, facts in zip(files, written, strict=True)},
-        "versions": {name: version(name) for name in ("torch", "transformers", "hf-lm")},
+        "versions": {name: version(name) for name in PACKAGES},
         **facts,
     }
     path = folder / MANIFEST

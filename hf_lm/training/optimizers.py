@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import torch
+from torch.distributed.tensor import DTensor, Replicate
 
 from .hardware import has_fast_bfloat16
 
@@ -68,6 +69,15 @@ class MuonAdamW(torch.optim.AdamW):
                 self._muon_step(group)
         return loss
 
+    @staticmethod
+    def _orthogonal(updates: torch.Tensor) -> torch.Tensor:
+        """`orthogonalize`, also of matrices that FSDP2 shards: gathered once, each process keeps its part."""
+        if not isinstance(updates, DTensor):
+            return orthogonalize(updates)
+        mesh, placements = updates.device_mesh, updates.placements
+        whole = orthogonalize(updates.full_tensor())
+        return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, placements)
+
     def _muon_step(self, group: dict) -> None:
         by_shape = defaultdict(list)
         for parameter in group["params"]:
@@ -84,7 +94,7 @@ class MuonAdamW(torch.optim.AdamW):
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
-            updates = orthogonalize(torch.stack(updates)).unbind()
+            updates = self._orthogonal(torch.stack(updates)).unbind()
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

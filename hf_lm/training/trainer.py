@@ -6,8 +6,10 @@ import shutil
 import time
 from pathlib import Path
 
+import datasets
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, str_to_bool
+from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -61,6 +63,10 @@ class HfLmTrainer(Trainer):
 
     def __init__(self, *args, eval_bytes: list[int] | None = None, row_likelihoods: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:  # a checkpoint is a model folder, however many processes made it
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        elif (self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "0"))) and self.args.should_log:
+            logger.warning("fsdp: not on a CPU, where accelerate does not shard: each process holds the whole model.")
         self.row_likelihoods = row_likelihoods or self.compute_metrics is None
         if self.compute_metrics is None:
             self.compute_metrics = self._language_modeling_metrics
@@ -113,12 +119,20 @@ class HfLmTrainer(Trainer):
     def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs) -> DataLoader:
         if not (is_training and isinstance(dataset, IterableDataset)):
             return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        count, own = self.args.world_size, self.args.process_index
+        if count > 1 and isinstance(dataset, datasets.IterableDataset):
+            dataset = split_dataset_by_node(dataset, own, count)
+            if next(iter(dataset), None) is None:
+                raise InputError(f"the training data has less than one row for each of the {count} processes.")
         loading = self.accelerator.dataloader_config
         before, loading.dispatch_batches = loading.dispatch_batches, False  # each process reads its own share
         try:
-            return super()._get_dataloader(EndlessStream(dataset), *args, is_training=True, **kwargs)
+            loader = super()._get_dataloader(EndlessStream(dataset), *args, is_training=True, **kwargs)
         finally:
             loading.dispatch_batches = before
+        if count > 1 and isinstance(dataset, datasets.IterableDataset):  # accelerate would split the share again
+            loader.dataset.num_processes, loader.dataset.process_index = 1, 0
+        return loader
 
     def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
         # Upstream does not reach the sampler where it skips batches and splits them among processes.
@@ -138,6 +152,8 @@ class HfLmTrainer(Trainer):
         rate = getattr(self.args, "muon_learning_rate", None)
         if self.optimizer is not None or rate is None:
             return super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            raise InputError("muon_learning_rate: needs whole matrices, which DeepSpeed flattens; FSDP keeps them.")
         decayed = set(self.get_decay_parameter_names(model))
         groups = {"muon": [], "decayed": [], "plain": []}
         for name, parameter in model.named_parameters():
@@ -173,7 +189,8 @@ class HfLmTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         run = Path(self._get_output_dir(trial))
-        if not self.accelerator.reduce(norm_of(self.model.parameters()), "mean").isfinite():
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not self.accelerator.reduce(norm_of(trained), "mean").isfinite():
             raise TrainingDiverged(
                 f"the weights are not finite at step {self.state.global_step}: {name} is not saved."
             )
@@ -194,6 +211,12 @@ class HfLmTrainer(Trainer):
         finally:
             self._saving_aside, self.args.save_total_limit = False, limit
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict:  # gathered from several processes: tied weights, no longer one tensor, are in it twice
+            tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def _seal_checkpoint(self, run: Path, name: str, limit: int | None) -> None:
         folder, keep = run / ASIDE / name, [run / name]
