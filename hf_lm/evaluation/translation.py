@@ -6,7 +6,7 @@ which pairs of languages its model translates.
 """
 
 import re
-from itertools import islice
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -88,9 +88,9 @@ def translate(
     """
     Translations of some texts, in their order; of an empty text an empty one.
 
-    Texts of like length share a batch, padded on the left. A translation has at most twice as many tokens as the
-    longest source beside it, and 16 more; a source that leaves no room for 16 in the model's `max_position_embeddings`
-    is cut at its end, which is said.
+    Texts of like length share a batch, padded on the left; what else is in a batch does not change a translation. It
+    has at most twice as many tokens as its source (rounded up to a multiple of 16), and 16 more. A source that leaves
+    no room for 16 in the model's `max_position_embeddings` is cut at its end, which is said.
     """
     prompts = dict(enumerate(encode_sources(tokenizer, texts, pair))) if texts else {}
     prompts = {number: ids for number, ids in prompts.items() if texts[number].strip()}
@@ -102,15 +102,22 @@ def translate(
         logger.warning(f"{len(too_long)} of {len(texts)} texts are too long for the model and cut at their end.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     translations = [""] * len(texts)
-    waiting = iter(sorted(prompts, key=lambda number: -len(prompts[number])))
-    while batch := list(islice(waiting, batch_size)):
-        longest = len(prompts[batch[0]])
+
+    def rounded(number: int) -> int:
+        return min(-(-len(prompts[number]) // 16) * 16, limit - 16)
+
+    groups = [
+        list(group) for _, group in groupby(sorted(prompts, key=lambda number: len(prompts[number])), key=rounded)
+    ]
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    for batch in batches:
+        longest, size = len(prompts[batch[-1]]), rounded(batch[-1])
         gaps = [longest - len(prompts[number]) for number in batch]
         rows = [[pad] * gap + prompts[number] for gap, number in zip(gaps, batch, strict=True)]
         output = model.generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device),
-            max_new_tokens=min(2 * longest + 16, limit - longest),
+            max_new_tokens=min(2 * size + 16, limit - size),
             num_beams=num_beams,
             use_cache=True,
             pad_token_id=pad,
