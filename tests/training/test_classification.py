@@ -247,7 +247,7 @@ BAD = {
     "no label column": ({"label_column_name": "stars"}, r"label_column_name: .* no column stars; it has text, label"),
     "undeclared label": (
         {"class_names": ["Chinese", "Latin"]},
-        r"class_names: train has the label 'English' .*'Chinese', 'Latin'",
+        r"class_names: train has the label 'English' .*not among 'Chinese', 'Latin'",
     ),
     "one class": ({"class_names": ["Latin"]}, "class_names: two or more"),
     "no template text": (
@@ -257,7 +257,7 @@ BAD = {
     "words": ({"task": "label-likelihood", "label_words": ["a"]}, "label_words: one for each of Chinese, English"),
     "no room": ({"task": "label-likelihood", "block_size": 2}, "block_size: 2 leaves no room"),
     "too long": ({"block_size": 24, "long_examples": "error"}, r"long_examples: train: \d+ of 400"),
-    "all dropped": ({"block_size": 3, "long_examples": "drop"}, "long_examples: train: all"),
+    "all dropped": ({"block_size": 3, "long_examples": "drop"}, "long_examples: train: 400 of 400"),
     "unknown balance": ({"class_balance": "yes"}, "class_balance: must be none or oversample, got 'yes'"),
     "unknown task": ({"task": "label-likelyhood"}, "task: .*did you mean 'label-likelihood'"),
     "patience": ({"early_stopping_patience": 0}, "early_stopping_patience: must be at least 1"),
@@ -285,6 +285,12 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(task_recipe, 
 def test_bad_rows_are_named(task_recipe, rows, change, message):
     with pytest.raises(InputError, match=message):
         build(task_recipe(rows=change(rows)))
+
+
+def test_examples_are_shown_with_their_label(task_recipe, capsys):
+    for task, shown in zip(TASKS, (r" -> (Chinese|English)$", r"⟦.* This is⟧ (Chinese|English)$"), strict=True):
+        run(task_recipe(task=task, max_steps=1, eval_strategy="no"), "--show-examples", "1", "--overwrite")
+        assert re.search(shown, capsys.readouterr().out, re.MULTILINE | re.DOTALL)
 
 
 def test_empty_texts_are_left_out_and_counted(task_recipe, rows, caplog):

@@ -23,11 +23,10 @@ logger = logging.get_logger(__name__)
 
 def as_score(metrics: dict, prefix: str = "") -> dict:
     """What `HfLmClassification` gives, as metrics.json has it: intervals as pairs."""
-    score = {}
+    score = {name: metrics[prefix + name] for name in ("accuracy", "macro_f1", "ece")}
     for name in ("accuracy", "macro_f1"):
-        score[name] = metrics[prefix + name]
-        score[f"{name}_interval"] = [metrics[f"{prefix}{name}_low"], metrics[f"{prefix}{name}_high"]]
-    return {**score, "ece": metrics[f"{prefix}ece"]}
+        score[f"{name}_interval"] = [metrics[f"{prefix}{name}_{end}"] for end in ("low", "high")]
+    return score
 
 
 def tfidf_baseline(rows: dict[str, Dataset], split: str, labels: int, balanced: bool) -> dict:
@@ -54,6 +53,7 @@ class Classification(Task):
 
     template, words = "{text}", ("",)
     split = "validation"  # that is being scored
+    before: list[dict] = []  # what was scored before training
 
     def load(self) -> dict[str, Dataset]:
         arguments, column = self.data_arguments, self.data_arguments.label_column_name
@@ -73,7 +73,16 @@ class Classification(Task):
 
         rows = load_rows(arguments, keep)
         numbers = self.name_labels(rows["train"], column)
-        return {split: self.number_labels(part, column, numbers, split) for split, part in rows.items()}
+        for split, part in rows.items():
+            texts, values = part["text"], part[column]
+            for text, value in zip(texts, values, strict=True):
+                if value not in numbers:
+                    known = ", ".join(map(repr, numbers))
+                    raise InputError(
+                        f"class_names: {split} has the label {value!r} ({text[:40]!r}), not among {known}."
+                    )
+            rows[split] = Dataset.from_dict({"text": texts, "label": [numbers[value] for value in values]})
+        return rows
 
     def name_labels(self, rows: Dataset, column: str) -> dict:
         """Sets `names`: those declared, or all that occur; returns the number of each value of the column."""
@@ -87,17 +96,6 @@ class Classification(Task):
         are_numbers = declared and not any(isinstance(value, str) for value in values)
         keys = range(len(self.names)) if are_numbers else declared or values
         return {key: number for number, key in enumerate(keys)}
-
-    def number_labels(self, rows: Dataset, column: str, numbers: dict, split: str) -> Dataset:
-        """Rows with the label's number; an `InputError` names one that is not among them."""
-        texts, values = rows["text"], rows[column]
-        for text, value in zip(texts, values, strict=True):
-            if value not in numbers:
-                known = ", ".join(map(repr, numbers))
-                raise InputError(f"class_names: {split} has the label {value!r} ({text[:40]!r}); there are {known}.")
-        if split != "train" and len(set(values)) == 1:
-            logger.warning(f"{split}: all {len(rows)} examples have the same label, {values[0]!r}.")
-        return Dataset.from_dict({"text": texts, "label": [numbers[value] for value in values]})
 
     def texts(self, rows) -> Iterator[str]:
         return (self.fill(row["text"], self.words[row["label"] % len(self.words)])[0] for row in rows)
@@ -133,39 +131,36 @@ class Classification(Task):
         learned = [high > word_start for _, high in offsets]
         return Example(ids, learned, len((word or text).encode())), excess
 
+    def order(self, texts: list[str], labels: np.ndarray, split: str) -> list[int]:
+        """Held-out rows by their length; training rows are shuffled, with `class_balance` rarer labels repeated."""
+        if split != "train":
+            return sorted(range(len(texts)), key=lambda number: len(texts[number]))  # like lengths share a batch
+        groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        if self.data_arguments.class_balance == "oversample":
+            groups = [np.resize(group, max(map(len, groups))) for group in groups]
+        order = np.random.default_rng(self.training_arguments.seed).permutation(np.concatenate(groups))
+        if len(order) > len(labels):
+            logger.warning(f"{split}: rarer labels are repeated, {len(labels):,} examples become {len(order):,}.")
+        return order.tolist()
+
     def examples(self, rows: Dataset, tokenizer, split: str) -> list[tuple[Example, int]]:
-        """
-        Each row as an example and its label. Training rows go with their own word; held-out rows with every word in
-        turn, the short ones first, and none of them is dropped.
-        """
-        arguments, train = self.data_arguments, split == "train"
+        """Examples and their labels: training rows with their own word, held-out rows with every word in turn."""
+        policy, size, train = self.data_arguments.long_examples, self.data_arguments.block_size, split == "train"
         texts, labels = rows["text"], np.array(rows["label"])
-        order = np.argsort([len(text) for text in texts], kind="stable")
-        if train:
-            most, names = np.bincount(labels).max(), np.unique(labels)
-            balance = arguments.class_balance == "oversample"
-            order = [np.flatnonzero(labels == name) for name in names]
-            order = np.concatenate([np.resize(part, most) if balance else part for part in order])
-            order = np.random.default_rng(self.training_arguments.seed).permutation(order)
-            if len(order) > len(rows):
-                logger.warning(f"{split}: rarer labels are repeated, {len(rows):,} examples become {len(order):,}.")
-        found, long = [], set()
-        for number in order.tolist():
+        drop, found, long = train and policy == "drop", [], set()  # what is held out is scored whole
+        for number in self.order(texts, labels, split):
             label = int(labels[number])
             for word in (self.words[label % len(self.words)],) if train else self.words:
                 example, excess = self.example(texts[number], word, tokenizer)
                 if excess:
                     long.add(number)
-                if not (excess and train and arguments.long_examples == "drop"):
+                if not (excess and drop):
                     found.append((example, label))
         if long:
-            what = f"{len(long)} of {len(rows)} examples have more than block_size {arguments.block_size} tokens"
-            if arguments.long_examples == "error":
-                raise InputError(f"long_examples: {split}: {what}.")
-            done = "left out" if train and arguments.long_examples == "drop" else "cut at the end of their text"
-            logger.warning(f"{split}: {what} and are {done}.")
-        if not found:
-            raise InputError(f"long_examples: {split}: all of its examples are dropped; nothing is left to learn.")
+            what = f"{split}: {len(long)} of {len(rows)} examples have more than block_size {size} tokens"
+            if policy == "error" or not found:
+                raise InputError(f"long_examples: {what}.")
+            logger.warning(f"{what} and are {'left out' if drop else 'cut at the end of their text'}.")
         return found
 
     def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
@@ -195,22 +190,17 @@ class Classification(Task):
         return {"split": split, "examples": len(self.rows[split]), **as_score(metrics, f"{split}_")}
 
     def scores(self, trainer: HfLmTrainer) -> dict:
-        score, baselines = self.score(trainer), []
+        score, baselines = self.score(trainer), list(self.before)
         if score and self.data_arguments.baseline and is_sklearn_available():
             balanced = self.data_arguments.class_balance != "none"
-            baselines = [tfidf_baseline(self.rows, score["split"], len(self.names), balanced)]
+            baselines.append(tfidf_baseline(self.rows, score["split"], len(self.names), balanced))
         return {**score, "labels": self.names, "baselines": baselines}
 
     def summary(self, metrics: dict) -> str:
-        def words(score: dict) -> str:
-            low, high = score["accuracy_interval"]
-            numbers = f"accuracy {score['accuracy']:.3f} ({low:.3f} to {high:.3f}), macro F1 {score['macro_f1']:.3f}"
-            return f"{numbers}, ECE {score['ece']:.3f}"
-
-        if "accuracy" not in metrics:
-            return ""
-        others = [f"; {other['name']}: {words(other)}" for other in metrics["baselines"]]
-        return f"{metrics['split']}: {words(metrics)}{''.join(others)}"
+        interval = "{accuracy_interval[0]:.3f} to {accuracy_interval[1]:.3f}"
+        form = f"{{name}}: accuracy {{accuracy:.3f}} ({interval}), macro F1 {{macro_f1:.3f}}, ECE {{ece:.3f}}"
+        scores = [{"name": metrics["split"], **metrics}, *metrics["baselines"]] if "accuracy" in metrics else []
+        return "; ".join(form.format(**score) for score in scores)
 
 
 class SequenceClassification(Classification):
@@ -219,13 +209,11 @@ class SequenceClassification(Classification):
     auto_class = model_class = HfLmForSequenceClassification
 
     def encode(self, rows: Dataset, tokenizer, split: str) -> Dataset:
-        found = self.examples(rows, tokenizer, split)
-        return Dataset.from_dict(
-            {
-                "input_ids": [example.input_ids for example, _ in found],
-                "labels": [label for _, label in found],
-                "num_bytes": [example.num_bytes for example, _ in found],
-            }
+        return Dataset.from_list(
+            [
+                {"input_ids": example.input_ids, "labels": label, "num_bytes": example.num_bytes}
+                for example, label in self.examples(rows, tokenizer, split)
+            ]
         )
 
     def collator(self, tokenizer):
@@ -262,13 +250,9 @@ class LabelLikelihood(Classification):
         self.truth: dict[str, list[int]] = {}
         trainer = super().build_trainer(checkpoint)
         untrained = self.score(trainer) if self.model_arguments.model_name_or_path else {}
-        self.zero_shot = [{"name": "before training", **untrained}] if untrained else []
+        self.before = [{"name": "before training", **untrained}] if untrained else []
         return trainer
 
     def probabilities(self, rows: EvalPrediction) -> tuple[np.ndarray, list[int]]:
         nats = torch.tensor(rows.predictions).double().view(-1, len(self.words))
         return (-nats).softmax(-1).numpy(), self.truth[self.split]
-
-    def scores(self, trainer: HfLmTrainer) -> dict:
-        scores = super().scores(trainer)
-        return {**scores, "baselines": self.zero_shot + scores["baselines"]}
