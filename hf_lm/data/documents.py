@@ -152,13 +152,13 @@ def with_text(rows, name: str | None, where: str, beside: Sequence[str] = ()):
     rows = rows.select_columns([name, *beside])
     rows = rows if name == "text" else rows.rename_column(name, "text")
     if isinstance(rows, IterableDataset):
-        return rows.filter(lambda text: bool(text), input_columns="text")
+        return rows.filter(bool, input_columns="text")
     empty = sum(not text for batch in rows.select_columns("text").iter(1000) for text in batch["text"])
     if empty == len(rows):
         raise InputError(f"{where}: every row of column {name} is empty.")
     if empty:
         logger.warning(f"{where}: {empty} of {len(rows)} rows of column {name} are empty and left out.")
-    return rows.filter(lambda text: bool(text), input_columns="text") if empty else rows
+    return rows.filter(bool, input_columns="text") if empty else rows
 
 
 def _is_string(feature) -> bool:
