@@ -5,7 +5,8 @@ so everything may use it.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -22,25 +23,37 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line; the library's nested validation errors are reduced to their cause."""
+    """The message of an error on one line; the libraries' nested and coded ones are reduced to what matters."""
     while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()).partition(". Errors: ")[0])
-    text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be printed
+    text = re.sub(r"data did not match any variant of untagged enum (Py)?(\w+?)(Untagged|Wrapper)", r"no \2 known to the library", text)  # fmt: skip
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"
 
 
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """
+    Raises:
+        InputError: instead of whatever a library raises about what stands at `where`.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{where}: {one_line(error)}") from error
+
+
 def culprit(path: Path, build: Callable[[dict], object]) -> str | None:
-    """
-    What is wrong with a JSON file: what `build(content)` raises, and the entry without which it does not; else None.
-    """
+    """What is wrong with a JSON file: what `build(content)` raises, and the entry without which it does not; or None."""
 
     def failure(fields: dict) -> str | None:
         try:
             build(deepcopy(fields))
-        except Exception as error:  # whatever a library makes of it
+        except Exception as error:
             return one_line(error)
         return None
 
@@ -54,7 +67,6 @@ def culprit(path: Path, build: Callable[[dict], object]) -> str | None:
         return f"{path}: must hold an object {{...}}, got {type(content).__name__}."
     if (reason := failure(content)) is None:
         return None
-    for key in content:
-        if failure({name: value for name, value in content.items() if name != key}) is None:
-            return f"{path}: {reason}" if key in reason else f"{path}: {key} is {content[key]!r:.80}: {reason}"
-    return f"{path}: {reason}"
+    others = ({name: content[name] for name in content if name != key} for key in content)
+    key = next((key for key, rest in zip(content, others, strict=True) if failure(rest) is None), "")
+    return f"{path}: {reason}" if key in reason else f"{path}: {key} is {content[key]!r:.80}: {reason}"

@@ -22,17 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..errors import InputError
     from ..hub import write_card
+    from ..interop.convert import readable
 
     if len(arguments.models) > 1 and arguments.output and not Path(arguments.output).is_dir():
         raise InputError(f"--output: {arguments.output} must be an existing folder for the cards of several models.")
     for model in arguments.models:
-        path = write_card(
-            model,
-            arguments.language,
-            arguments.output,
-            name=arguments.name,
-            license=arguments.license,
-            text_language=arguments.text_language,
-        )
+        with readable(model):
+            path = write_card(
+                model,
+                arguments.language,
+                arguments.output,
+                name=arguments.name,
+                license=arguments.license,
+                text_language=arguments.text_language,
+            )
         print(path)
     return 0

@@ -2,8 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
@@ -70,7 +68,7 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
         check_index(path)
         check_files([str(file) for file in sorted(Path(path).glob("*.safetensors"))])
     try:
-        with readable(path), _library_is_silent():
+        with readable(path):
             model, info = getattr(transformers, auto_class).from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
@@ -78,20 +76,6 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
         raise or_out_of_reach(path, error) from error
     check_complete(model, info, path)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _library_is_silent() -> Iterator[None]:
-    """The library warns of what is then refused: one line about a mistake is enough."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def load_tokenizer(path: str):
@@ -104,9 +88,9 @@ def load_tokenizer(path: str):
     import hf_lm
 
     hf_lm.register_auto_classes()  # else the library asks whether it may run the folder's copy of our code
-    from ..interop.convert import load_tokenizer
+    from ..interop.convert import load_tokenizer, readable
 
-    with _library_is_silent():
+    with readable(path):
         tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise or_out_of_reach(path, InputError(f"{path}: there is no tokenizer (tokenizer.json)."))

@@ -241,7 +241,8 @@ def card_metadata(folder: Path) -> dict:
 
 def pipeline_tag_of(config: dict) -> str | None:
     """The Hub's name of what a model is for, from its class; None if that is not known."""
-    architecture = (config.get("architectures") or [""])[0]
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return next((tag for end, tag in PIPELINE_TAGS.items() if architecture.endswith(end)), None)
 
 

@@ -17,11 +17,12 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, culprit, one_line
@@ -98,39 +99,42 @@ def tokenizer_problem(folder: Path) -> str | None:
             folder / "tokenizer_config.json",
             lambda fields: PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), **fields),
         )  # fmt: skip
-        or culprit(folder / "config.json", build_config)
+        or culprit(folder / "config.json", _build_model)
     )
 
 
-def build_config(fields: dict) -> PreTrainedConfig | None:
-    """The configuration of a `config.json`; None if its `model_type` is not one of the library's or ours."""
-    known = isinstance(name := fields.get("model_type"), str) and name in CONFIG_MAPPING
-    return CONFIG_MAPPING[name].from_dict(fields) if known else None
-
-
-def build_model(fields: dict) -> None:
-    """A model without weights, to see whether it can be built."""
-    if (config := build_config(fields)) is not None:
+def _build_model(fields: dict) -> None:
+    """A model without weights, to see whether it can be built; of another library's type, nothing."""
+    if "model_type" not in fields:
+        raise ValueError("there is no model_type, such as hf_lm or llama.")
+    if isinstance(name := fields["model_type"], str) and name in CONFIG_MAPPING:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            AutoModelForCausalLM.from_config(CONFIG_MAPPING[name].from_dict(fields))
 
 
 @contextmanager
 def readable(source: str) -> Iterator[None]:
     """
-    What a library raises while it loads a model, in words that name the file and the entry.
+    What a library raises while it loads a model, in words that name the file and the entry; it warns of nothing.
 
     Raises:
         InputError: instead of any other exception.
     """
+    folder, verbosity = Path(source), logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        check_sizes(Path(source))
+        check_sizes(folder)
         yield
     except InputError:
         raise
     except Exception as error:  # whatever a broken file makes the model's code do
-        problem = culprit(Path(source, "config.json"), build_model)
+        problem = culprit(folder / "config.json", _build_model) or culprit(
+            folder / "generation_config.json", GenerationConfig.from_dict
+        )
         raise InputError(problem or f"{source}: cannot be read as a model: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -89,6 +89,11 @@ class HfLmTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "texts to continue at each evaluation; an empty one starts a document"}
     )
     sample_tokens: int = field(default=64, metadata={"help": "length of these samples, in tokens"})
+    forecast: bool = field(
+        default=True, metadata={"help": "time some steps before the first one and say what the run will take"}
+    )
+    log_histograms: bool = field(default=False, metadata={"help": "weights to TensorBoard, at each evaluation"})
+    log_graph: bool = field(default=False, metadata={"help": "the model's graph to TensorBoard"})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a new best metric_for_best_model"}
     )

@@ -6,6 +6,7 @@ One JSON object a line: `{"argv", "cwd", "writable", "seconds"}` in, an `Outcome
 forking is safe.
 """
 
+import gc
 import json
 import os
 import resource
@@ -134,6 +135,7 @@ def load_everything() -> None:
         "datasets.packaged_modules.json.json", "datasets.packaged_modules.csv.csv", "pandas", "pyarrow.parquet",
         "datasets.packaged_modules.parquet.parquet", "hf_lm.evaluation.text", "hf_lm.evaluation.sentences",
         "hf_lm.training.run", "hf_lm.training.tasks.language_modeling", "hf_lm.interop.convert", "hf_lm.hub.doctor", "matplotlib.font_manager",
+        "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "PIL.PngImagePlugin",
         "hf_lm.hub.push", "transformers.models.llama.modeling_llama", "transformers.generation",
         "transformers.models.auto.tokenization_auto", "tensorboard.summary.writer.event_file_writer",
         "torch.utils.tensorboard", "sympy", "torch._dynamo",
@@ -145,8 +147,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers goes to the caller
     load_everything()
-    threads = len(os.listdir("/proc/self/task"))
-    answers.write(json.dumps({"ready": True, "threads": threads}) + "\n")
+    gc.freeze()  # or each collection in a fork looks at all of that again
+    answers.write(json.dumps({"ready": True}) + "\n")
     answers.flush()
     aside = tempfile.mkdtemp()
     for line in sys.stdin:

@@ -10,7 +10,7 @@ from ...configuration_hf_lm import HfLmConfig
 from ...data.arguments import DataArguments
 from ...data.collator import PackedCollator
 from ...data.documents import load_rows
-from ...errors import InputError
+from ...errors import InputError, explained
 from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
@@ -129,7 +129,8 @@ class Task:
             raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}.")
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": block_size}
-        config = HfLmConfig(attn_implementation=attention, **(sizes | special | fields))
+        with explained("config_overrides"):
+            config = HfLmConfig(attn_implementation=attention, **(sizes | special | fields))
         model = self.model_class(config)
         if model.can_generate():
             special = {name: getattr(config, name) for name in special}
@@ -147,6 +148,9 @@ class Task:
             encoded = {
                 split: self.encode(rows, tokenizer, split) for split, rows in self.rows.items() if split != "test"
             }
+        if isinstance(encoded["train"], IterableDataset) and self.data_arguments.shuffle_buffer_size:
+            size = self.data_arguments.shuffle_buffer_size
+            encoded["train"] = encoded["train"].shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=size)
         model = self.build_model(tokenizer)
         if self.model_arguments.use_peft:
             model = add_adapter(model, self.model_arguments, self.peft_task_type)
