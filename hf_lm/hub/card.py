@@ -393,7 +393,9 @@ def build_card(
             row | {"value": shown(row["value"]), "interval": " – ".join(map(shown, row["interval"] or ()))}
             for row in artifacts["results"] + baselines
         ],
-        text_language=metadata.language,
+        text_language=", ".join(
+            [metadata.language] if isinstance(metadata.language, str) else metadata.language or ()
+        ),
         citation=f"@misc{{{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')},\n"
         f"  title = {{{name}}},\n  howpublished = {{trained with hf\\_lm"
         + (f" at revision {metrics['git_revision']}" if metrics.get("git_revision") else "")

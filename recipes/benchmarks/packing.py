@@ -68,8 +68,8 @@ def seconds(trainer, batches: list[dict]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each kind in a round (3)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of both kinds (5)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each kind in a round (2)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of both kinds (4)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
 

@@ -42,6 +42,7 @@ class Translation(Task):
         if find_spec("sacrebleu") is None:
             raise InputError("task: translations are scored by sacrebleu; pip install 'hf-lm[translation]'.")
         self.languages = list(dict.fromkeys(language for pair in self.pairs for language in languages(pair)))
+        self.model_arguments.language = self.model_arguments.language or self.languages  # for the card
         return load_rows(self.data_arguments, self._keep)
 
     def _keep(self, rows, where: str):
