@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ class HfLmProgressCallback(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None and not sys.stderr.isatty():
             self.training_bar.mininterval = 10.0  # a log file wants a line now and then
-        self.started, self.tokens_before = time.perf_counter(), self.trainer.train_tokens
 
     def close(self) -> None:
         """End the bar's line, also where an error ended the run."""
@@ -43,46 +41,65 @@ class HfLmProgressCallback(ProgressCallback):
         names |= {f"eval_{name}": name for name in ("bits_per_byte", "accuracy")}
         self.shown.update({names[key]: f"{value:.3f}" for key, value in logs.items() if key in names})
         if "loss" in logs:
-            seconds = time.perf_counter() - self.started
-            self.shown["tok/s"] = f"{(self.trainer.train_tokens - self.tokens_before) / seconds:,.0f}"
+            self.shown["tok/s"] = f"{logs.get('tokens_per_second', 0):,.0f}"
         self.training_bar.set_postfix(self.shown, refresh=False)
 
 
+@torch.no_grad()
+def continue_prompts(trainer, count: int = 1) -> list[dict]:
+    """`prompt` and `text` of samples, `count` for each of the recipe's prompts; always the same of the same weights."""
+    model, tokenizer, args = trainer.model, trainer.processing_class, trainer.args
+    was_training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    samples = []
+    options = {"do_sample": True, "num_beams": 1, "temperature": 0.8, "use_cache": True, "num_return_sequences": count}
+    # The training's own random numbers must not depend on whether somebody looks.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        for prompt in args.sample_prompts:
+            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            for output in model.generate(**inputs, max_new_tokens=args.sample_tokens, **options):
+                samples.append({"prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True)})
+    model.train(was_training)
+    model.config.use_cache = use_cache
+    return samples
+
+
 class SampleCallback(TrainerCallback):
-    """At each evaluation, continue some prompts; written to `samples.jsonl` and TensorBoard."""
+    """
+    At each evaluation, continue some prompts; written to `samples.jsonl` and TensorBoard, which gets histograms of the
+    weights and the model's graph as well if that is asked for.
+    """
 
-    def __init__(self, trainer, tokenizer):
-        self.trainer, self.tokenizer = trainer, tokenizer
+    def __init__(self, trainer):
+        self.trainer = trainer
 
-    @torch.no_grad()
+    def _boards(self) -> list:
+        boards = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
+        return [board.tb_writer for board in boards if board.tb_writer is not None]
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for board in self._boards() if args.log_graph else ():
+            with torch.random.fork_rng(devices=[]):  # another of its kind: this one's forward is wrapped by now
+                board.add_graph(type(model)(model.config).eval(), torch.zeros(1, 8).long(), use_strict_trace=False)
+
     def on_evaluate(self, args, state, control, model=None, **kwargs):
+        for board in self._boards() if args.log_histograms else ():
+            for name, parameter in model.named_parameters():
+                board.add_histogram(name, parameter, state.global_step)
         # A forward of a sharded model takes all processes.
         sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
         if not args.sample_prompts or not (sharded or state.is_world_process_zero):
             return
-        was_training, use_cache = model.training, model.config.use_cache
-        model.eval()
-        samples = []
-        # The training's own random numbers must not depend on whether somebody looks.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            for prompt in args.sample_prompts:
-                inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-                output = model.generate(
-                    **inputs, max_new_tokens=args.sample_tokens, do_sample=True, temperature=0.8, use_cache=True
-                )
-                samples.append({"prompt": prompt, "text": self.tokenizer.decode(output[0], skip_special_tokens=True)})
-        model.train(was_training)
-        model.config.use_cache = use_cache
+        samples = continue_prompts(self.trainer)
         if not state.is_world_process_zero:
             return
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) + "\n")
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                for number, sample in enumerate(samples):
-                    callback.tb_writer.add_text(f"sample/{number}", sample["text"], state.global_step)
+        for board in self._boards():
+            for number, sample in enumerate(samples):
+                board.add_text(f"sample/{number}", sample["text"], state.global_step)
 
 
 class InterruptCallback(TrainerCallback):

@@ -73,6 +73,7 @@ class HfLmTrainer(Trainer):
         self.eval_bytes = eval_bytes
         self.train_tokens, self.train_seconds = 0, 0.0
         self.watch = Watch(self)
+        self._pace: tuple[float, int] | None = None  # time and tokens when the last log, evaluation or save was over
         self._losses: list[torch.Tensor] = []  # of the batches of the update under way
         self._saving_aside = False
 
@@ -116,6 +117,11 @@ class HfLmTrainer(Trainer):
         self.watch.count = progress["divergences"]
         self.watch.losses.extend(progress["losses"])
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys  # saved once: nothing is missing
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
     def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs) -> DataLoader:
         if not (is_training and isinstance(dataset, IterableDataset)):
             return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
@@ -142,6 +148,15 @@ class HfLmTrainer(Trainer):
         elif hasattr(sampler, "generator"):  # group_by_length: would draw from what a checkpoint restores too late
             sampler.generator = torch.Generator().manual_seed(self.args.seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.watch.count:
+            logs["divergences"] = self.watch.count
+        if "loss" in logs and self._pace:
+            since, tokens = self._pace
+            logs["tokens_per_second"] = (self.train_tokens - tokens) / (time.perf_counter() - since)
+        super().log(logs, start_time)
+        self._pace = None
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # whether somebody looks must not change the training's numbers
@@ -187,6 +202,7 @@ class HfLmTrainer(Trainer):
         return os.path.join(folder, ASIDE) if self._saving_aside else folder
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        self._pace = None
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         run = Path(self._get_output_dir(trial))
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -238,6 +254,7 @@ class HfLmTrainer(Trainer):
         rotate(run, limit, keep)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        self._pace = self._pace or (time.perf_counter(), self.train_tokens)
         self.train_tokens += inputs["input_ids"].numel() * self.args.world_size
         if not self._losses and self.is_in_train:
             self._logged_before = self._tr_loss.clone()
@@ -270,7 +287,6 @@ class HfLmTrainer(Trainer):
         # The logged loss is the mean over the updates that were made.
         self._tr_loss.copy_(self._logged_before)
         self._globalstep_last_logged += 1
-        self.log({"divergences": self.watch.count})
 
     def _roll_back(self) -> str:
         """
