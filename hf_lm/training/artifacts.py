@@ -2,9 +2,7 @@
 
 import json
 import platform
-import resource
 import subprocess
-import sys
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +12,8 @@ import yaml
 from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ..analysis.forecast import peak_memory
+from ..analysis.report import write_report
 from ..data.documents import data_sha256
 from .curve import plot_loss_curve
 from .trainer import HfLmTrainer
@@ -72,7 +72,6 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
         seconds: wall-clock time of the whole run, data and evaluation included.
     """
     arguments, blocks = trainer.args, trainer.train_dataset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = {
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
@@ -81,7 +80,7 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
         "train_seconds": trainer.train_seconds,
         "train_tokens_per_second": trainer.train_tokens / max(trainer.train_seconds, 1e-9),
         "total_seconds": seconds,
-        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_memory_bytes": peak_memory(),
         "total_flos": trainer.state.total_flos,
         "seed": arguments.seed,
         "processes": arguments.world_size,
@@ -120,5 +119,6 @@ def save_run(trainer: HfLmTrainer, metrics: dict) -> None:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
         write_card(folder)
+        write_report(folder)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(commit_message="End of training")

@@ -12,13 +12,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
+from ..analysis.forecast import forecast, in_words
+from ..analysis.report import measure_quality
 from ..data.arguments import DataArguments
 from ..data.examples import show_example
 from ..errors import InputError
 from ..hub.push import PushCallback
 from .arguments import HfLmTrainingArguments, ModelArguments
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
-from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
+from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback, continue_prompts
 from .checkpoints import checkpoint_to_resume
 from .hardware import keep_freed_memory
 from .tasks import task_class
@@ -77,7 +79,11 @@ def is_finished(state: TrainerState) -> bool:
 def show_examples(trainer: HfLmTrainer, count: int) -> None:
     """Print the first training examples as the model sees them; what it does not learn to predict is dimmed."""
     for row in itertools.islice(trainer.train_dataset, count):
-        print(show_example(row, trainer.processing_class, color=sys.stdout.isatty()) + "\n")
+        if "position_ids" in row:
+            print(show_example(row, trainer.processing_class, color=sys.stdout.isatty()) + "\n")
+        else:
+            label = trainer.model.config.id2label[row["labels"]]
+            print(f"{trainer.processing_class.decode(row['input_ids'])} -> {label}\n")
 
 
 def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
@@ -90,7 +96,7 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
     progress, interrupt = HfLmProgressCallback(trainer), InterruptCallback()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    for callback in (progress, SampleCallback(trainer, trainer.processing_class), interrupt, PushCallback()):
+    for callback in (progress, SampleCallback(trainer), interrupt, PushCallback()):
         trainer.add_callback(callback)
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else TrainerState()
     if trainer.args.early_stopping_patience is not None:
@@ -134,6 +140,8 @@ def train(
     start = time.perf_counter()
     folder = Path(training_arguments.output_dir)
     keys = {**asdict(model_arguments), **asdict(data_arguments)}
+    if data_arguments.streaming:  # its documents are shared among them
+        keys["dataloader_num_workers"] = training_arguments.dataloader_num_workers
     training_arguments.also_decisive = {key: value for key, value in keys.items() if key not in FREE_TO_CHANGE}
     checkpoint = check_output_dir(training_arguments)
     set_seed(training_arguments.seed)
@@ -141,6 +149,10 @@ def train(
     recipe = recipe_of(model_arguments, data_arguments, training_arguments)
     task = task_class(data_arguments.task)(model_arguments, data_arguments, training_arguments)
     trainer = task.build_trainer(checkpoint)
+    predicted = None
+    if training_arguments.forecast and training_arguments.world_size == 1 and checkpoint is None:
+        predicted = forecast(trainer, time.perf_counter() - start)
+        print(f"Predicted: {in_words(predicted)}", file=sys.stderr)
     if trainer.is_world_process_zero():  # from here on nothing in the recipe can be wrong
         show_examples(trainer, data_arguments.show_examples)
         if training_arguments.overwrite and folder.exists():
@@ -150,7 +162,11 @@ def train(
     fit(trainer, checkpoint)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {"task": data_arguments.task, **task.scores(trainer), "train_loss": losses[-1] if losses else None}
+    metrics["quality"] = measure_quality(trainer, continue_prompts)
     metrics |= describe(trainer, model_arguments, data_arguments, time.perf_counter() - start)
     metrics["summary"] = task.summary(metrics)
+    if predicted:
+        metrics["predicted"] = predicted
+        print(f"Actual: {in_words(metrics, predicted)}", file=sys.stderr)
     save_run(trainer, metrics)
     return metrics

@@ -30,6 +30,7 @@ def recipe(tmp_path: Path, moby_dick: str):
             "sample_prompts": ["Call me"],
             "sample_tokens": 8,
             "bf16": False,
+            "forecast": False,
             "report_to": "tensorboard",
         }
         path = tmp_path / "recipe.yaml"

@@ -1,0 +1,185 @@
+"""What a run will take on this machine, time and memory, from a few of its own steps before the first one counts."""
+
+import copy
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
+
+WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
+SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
+SAVE_SECONDS, SAVED_BYTES_PER_SECOND = 0.15, 2.5e8  # of a checkpoint with its hashes
+FINISH_SECONDS = 1.5  # the quality of samples
+HEAP_GROWTH = 1.3  # of what training takes, in the course of a run: free memory falls to pieces
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _mean(times: list[float], first: int) -> float:
+    """Seconds between two times, without the first few where there are more."""
+    first = min(first, len(times) - 2)
+    return (times[-1] - times[first]) / (len(times) - 1 - first)
+
+
+class _Stopwatch(TrainerCallback):
+    """Ends training when enough steps have been timed."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.times = seconds, []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.times.append(_now(args.device))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(_now(args.device))
+        enough = len(self.times) > 2 * WARM_UP + SHARE * state.max_steps
+        control.should_training_stop |= enough or self.times[-1] - self.times[0] > self.seconds
+
+
+@contextmanager
+def _nothing_changes(trainer) -> Iterator[None]:
+    """Random numbers, and the model's mode and forward (which training wraps in autocast), are afterwards as before."""
+    model, device, python, numpy = trainer.model, trainer.args.device, random.getstate(), np.random.get_state()
+    own, training, use_cache = dict(model.__dict__), model.training, model.config.use_cache
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        model.__dict__.clear()
+        model.__dict__.update(own)
+        model.train(training).zero_grad(set_to_none=True)
+        model.config.use_cache = use_cache
+
+
+def _twin(trainer, watch: _Stopwatch):
+    """A trainer like this one, of the same model, whose learning rates are 0: its steps leave the weights as they are."""
+    twin = copy.copy(trainer)
+    twin.args = arguments = copy.copy(trainer.args)
+    arguments.learning_rate, arguments.on_divergence, arguments.max_divergences = 0.0, "skip", sys.maxsize
+    arguments.muon_learning_rate = None if arguments.muon_learning_rate is None else 0.0
+    arguments.eval_strategy = arguments.save_strategy = arguments.logging_strategy = "no"
+    arguments.load_best_model_at_end = arguments.eval_on_start = arguments.push_to_hub = False
+    flow = [DefaultFlowCallback(), watch]
+    twin.callback_handler = CallbackHandler(flow, trainer.model, trainer.processing_class, None, None)
+    twin.watch, twin._losses, twin.train_tokens = type(trainer.watch)(twin), [], 0
+    return twin
+
+
+def _step_costs(twin, watch: _Stopwatch) -> dict:
+    twin.train()
+    state = [value for values in twin.optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    stored = sum(tensor.nbytes for tensor in [*state, *twin.model.parameters()])
+    return {
+        "steps": twin.state.max_steps,
+        "tokens": twin.train_tokens / twin.state.global_step,
+        "step": _mean(watch.times, WARM_UP),
+        "save": SAVE_SECONDS + stored / SAVED_BYTES_PER_SECOND,
+    }
+
+
+def _evaluation_seconds(twin, seconds: float) -> float:
+    if twin.eval_dataset is None:
+        return 0.0
+    batches, times = twin.get_eval_dataloader(), [_now(twin.args.device)]
+    twin.model.eval()
+    for batch in batches:
+        twin.prediction_step(twin.model, batch, prediction_loss_only=False)
+        times.append(_now(twin.args.device))
+        if times[-1] - times[0] > seconds:
+            break
+    return _mean(times, 1) * len(batches)
+
+
+@torch.no_grad()
+def _sample_seconds(trainer, tokens: int = 12) -> float:
+    arguments, seconds = trainer.args, 0.0
+    for length in (2, tokens):  # the first is not counted
+        inputs = trainer.processing_class(
+            arguments.sample_prompts[0], return_tensors="pt", return_token_type_ids=False
+        )
+        lengths = {"min_new_tokens": length, "max_new_tokens": length}
+        start = _now(arguments.device)
+        trainer.model.generate(**inputs.to(trainer.model.device), **lengths, use_cache=True)
+        seconds = _now(arguments.device) - start
+    return seconds / tokens * arguments.sample_tokens * len(arguments.sample_prompts)
+
+
+def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
+    """
+    What the run of a trainer that has not started will take on this machine, if it goes to its last step.
+
+    Real steps of it are timed: its model, data, autocast, optimizer and loop. They have the run's own peak of memory.
+
+    Args:
+        elapsed: seconds that the run has taken already.
+        seconds: how long to measure at most; a step is always finished.
+
+    Returns:
+        `train_seconds` (with evaluations, samples and checkpoints on the way), `total_seconds`, `peak_memory_bytes`,
+        `tokens_per_second` of the steps alone; and `costs`, the seconds of one `step`, `evaluation`, round of `samples`
+        and `save`, with the run's `steps` and the `tokens` of one.
+    """
+    start, arguments, watch, before = time.perf_counter(), trainer.args, _Stopwatch(seconds), peak_memory()
+    with _nothing_changes(trainer):
+        twin = _twin(trainer, watch)
+        costs = _step_costs(twin, watch)
+        for share in (
+            0.0,
+            0.2,
+        ):  # by turns with training, as in the run: what the one frees the other cannot always use
+            costs["evaluation"] = _evaluation_seconds(twin, share * seconds)
+            watch.times, watch.seconds = [], 0.0
+            twin.train()
+        looks = arguments.sample_prompts and twin.eval_dataset is not None
+        costs["samples"] = _sample_seconds(trainer) if looks else 0.0
+        peak = before + int(HEAP_GROWTH * (peak_memory() - before))
+    steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
+    times = {
+        "steps": steps // twin.state.eval_steps if twin.state.eval_steps else 0,
+        "epoch": arguments.num_train_epochs,
+    }
+    saves = {"steps": -(-steps // twin.state.save_steps), "epoch": arguments.num_train_epochs}
+    train_seconds = (
+        steps * costs["step"]
+        + times.get(arguments.eval_strategy, 0) * looking
+        + saves.get(arguments.save_strategy, 0) * costs["save"]
+    )
+    result = {
+        "train_seconds": train_seconds,
+        "total_seconds": elapsed + time.perf_counter() - start + train_seconds + looking + FINISH_SECONDS,
+        "peak_memory_bytes": peak,
+        "tokens_per_second": costs["tokens"] / costs["step"],
+        "costs": costs,
+    }
+    if arguments.device.type == "cuda":
+        result["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return result
+
+
+def in_words(costs: dict, predicted: dict | None = None) -> str:
+    """Time and memory of a run; with what was predicted, how far that was off."""
+    values = []
+    for key, unit, name in (("total_seconds", 1, "s"), ("peak_memory_bytes", 1e9, "GB")):
+        off = f" ({100 * (costs[key] / predicted[key] - 1):+.0f}%)" if predicted else ""
+        values.append(f"{costs[key] / unit:,.{0 if unit == 1 else 2}f} {name}{off}")
+    return ", ".join(values)

@@ -1,0 +1,351 @@
+"""
+What a recipe will cost before it is run: parameters, operations, memory of each device, time, energy, money.
+
+For other machines nothing is allocated: the model is built of fake tensors, which have shapes but no values.
+"""
+
+import math
+import os
+import re
+import tempfile
+
+import torch
+from datasets import IterableDataset
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import InputError
+from ..functional_hf_lm import SLICE_ELEMENTS
+from ..hub.card import WATTS, assumed_watts
+from ..training.artifacts import describe_hardware
+from ..training.tasks import task_class
+from .explain import decoder_layers
+from .forecast import forecast
+
+UTILIZATION = 0.35  # of the peak, where nothing was measured (PaLM 540B reached 0.46, arXiv:2204.02311)
+TOKENS_PER_PARAMETER = 20  # compute-optimal (Chinchilla, arXiv:2203.15556)
+# Memory (bytes), peak of dense bfloat16 products (1/s), power (W, TDP): data sheets of the SXM models and the RTX 4090.
+HARDWARE = {
+    "H100": (80e9, 989e12, WATTS["H100"]),
+    "H200": (141e9, 989e12, WATTS["H200"]),
+    "A100": (80e9, 312e12, WATTS["A100"]),
+    "4090": (24e9, 165e12, 450),
+}
+# Into how many parts of `n` devices weights, gradients and optimizer state are divided.
+STRATEGIES = {
+    "DDP": lambda n: (1, 1, 1),
+    "ZeRO-1": lambda n: (1, 1, n),
+    "ZeRO-2": lambda n: (1, n, n),
+    "FSDP2, ZeRO-3": lambda n: (n, n, n),
+}
+PARTS = {  # of parameters: the first whose pattern is in the name
+    "norms": r"norm|(^|\.)ln_",
+    "head": r"(^|\.)(lm_head|score|embed_out)\.",
+    "embedding": r"embed|\.wte\.|\.wpe\.",
+    "attention": r"\.(self_)?att(n|ention)\.",
+    "mlp": r"\.(mlp|feed_forward)\.",
+    "other": "",
+}
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """The number of parameters of each kind; of tied ones only one is counted."""
+    parts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += parameter.numel()
+    return {part: count for part, count in parts.items() if count}
+
+
+def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What Muon trains, if it is asked for."""
+    return [parameter for parameter in decoder_layers(model).parameters() if parameter.ndim == 2]
+
+
+def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None) -> dict[str, float]:
+    """
+    Floating-point operations of a training step for each token: the matrix products, as `torch.utils.flop_counter`
+    counts them. Forward and backward take three times the forward. Attention is counted in full, as if it were not
+    causal: `2 * 2 * context * heads * head_dim` for scores and values.
+
+    Args:
+        context: tokens of a sequence.
+        muon_batch: with Muon, tokens of a step, over which its Newton-Schulz iterations are spread.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings() if model.can_generate() else getattr(model, "score", None)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    sizes = [sorted(parameter.shape) for parameter in layer_matrices(model)] if muon_batch else []
+    return {
+        "matrices": 6.0 * sum(module.weight.numel() for module in linear),
+        "attention": 12.0 * context * width * config.num_hidden_layers,
+        "head": 6.0 * head.weight.numel() if model.can_generate() else 0.0,  # of a classifier: one token of a text
+        "optimizer": 5 * sum(4 * low**2 * high + 2 * low**3 for low, high in sizes) / (muon_batch or 1),
+    }
+
+
+def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool, checkpointing: bool = False) -> float:
+    """
+    What a forward keeps for the backward, measured on a model of fake tensors: each saved storage once, without the
+    parameters, but with the copies that autocast makes of them.
+
+    With checkpointing it is each layer's input, and all of one layer while that is computed again.
+    """
+    layers = decoder_layers(model)
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    options = {"skip_logits": True} if model.config.model_type == "hf_lm" and model.can_generate() else {}
+
+    def measure(rows: int) -> tuple[int, int, int]:
+        kept, inputs, inside = {}, [], []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage()._cdata not in parameters:
+                kept[tensor.untyped_storage()._cdata] = tensor  # held: no other takes its place
+            return tensor
+
+        def total() -> int:
+            return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+        def enter(module: nn.Module, arguments: tuple, keywords: dict) -> None:
+            inputs.append((arguments[0] if arguments else keywords["hidden_states"]).nbytes)
+            inside.append(-total())
+
+        hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+        hooks += [layer.register_forward_hook(lambda *_: inside.append(total())) for layer in layers]
+        try:
+            with (
+                next(model.parameters()).fake_mode,
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
+            ):
+                ids = torch.zeros(rows, length, dtype=torch.long)
+                labels = ids if model.can_generate() else ids[:, 0]
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    model.train()(input_ids=ids, labels=labels, use_cache=False, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return sum(inside), sum(inputs), total()
+
+    one, two = measure(1), measure(2)
+    inside, inputs, every = (
+        first + (batch_size - 1) * (second - first) for first, second in zip(one, two, strict=True)
+    )
+    if not checkpointing:
+        return float(every)
+    copies = 2 * one[0] - two[0]  # what does not grow with the batch
+    return every - inside + copies + inputs + (inside - copies) / len(layers)
+
+
+def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkpointing: bool) -> dict[str, float]:
+    """Bytes that training takes on one device: weights and gradients in float32, and what `arguments` ask for."""
+    weights = 4.0 * model.num_parameters()
+    batch_size, muon = arguments.per_device_train_batch_size, arguments.muon_learning_rate is not None
+    logits = batch_size * length * model.config.get_text_config().vocab_size if model.can_generate() else 0
+    if model.config.model_type == "hf_lm":  # a slice in float32, its slopes, its gradients in bfloat16
+        logits = min(logits, SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["default"])) * 2.5
+    matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights - 4.0 * matrices,  # Muon has one number for each weight, AdamW two
+        "activations": activation_bytes(model, batch_size, length, arguments.bf16, checkpointing),
+        "logits": 4.0 * logits,
+    }
+
+
+def with_total(parts: dict[str, float]) -> dict[str, float]:
+    """The parts and their peak: gradients grow while activations shrink."""
+    passing = max(parts["gradients"], parts["activations"] + parts["logits"])
+    return {**parts, "total": parts["weights"] + parts["optimizer"] + passing}
+
+
+def memory_by_strategy(model: nn.Module, arguments, length: int, device: str, gpus: int) -> dict[str, dict]:
+    """`memory_by_part` of each of some devices, for the ways to divide a model among them, with and without checkpointing."""
+    layer = 4.0 * sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters())
+    found = {}
+    for suffix in ("", ", checkpointing"):
+        whole = memory_by_part(model, arguments, length, device, bool(suffix))
+        for name, division in STRATEGIES.items() if gpus > 1 else [("one device", STRATEGIES["DDP"])]:
+            shares = zip(("weights", "gradients", "optimizer"), division(gpus), strict=True)
+            parts = whole | {part: whole[part] / share for part, share in shares}
+            if division(gpus)[0] > 1:
+                parts["weights"] += 2 * layer  # gathered: the one that computes, and the next
+            found[name + suffix] = with_total(parts)
+        if local := tensor_parallel_part(model, gpus):
+            found["TP" + suffix] = with_total(memory_by_part(local, arguments, length, device, bool(suffix)))
+    return found
+
+
+def tensor_parallel_part(model: nn.Module, gpus: int) -> nn.Module | None:
+    """What one of some devices has of a model under tensor parallelism: heads, width of the MLP, rows of the embedding."""
+    sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    config = model.config.to_dict()
+    if gpus == 1 or not model.can_generate() or any(not config.get(name) or config[name] % gpus for name in sizes[:3]):
+        return None
+    part = {name: -(-config[name] // gpus) for name in sizes}
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    with FakeTensorMode():
+        return type(model)(type(model.config).from_dict({**config, **special, **part, "head_dim": head_dim}))
+
+
+def largest_model(model: nn.Module, parts: dict[str, float], memory: float) -> int:
+    """
+    Parameters of the largest model of this shape, layers and width grown alike, that trains in `memory` (bytes).
+
+    With width and depth times `k`, the layers' weights grow as `k^3`, their activations as `k^2`, the rest as `k`.
+    """
+    layers = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
+    rest = model.num_parameters() - layers
+
+    def parameters(k: float) -> float:
+        return layers * k**3 + rest * k
+
+    def total(k: float) -> float:
+        grown = parameters(k) / parameters(1.0)
+        factors = {"activations": k**2, "logits": 1.0}
+        return with_total({name: size * factors.get(name, grown) for name, size in parts.items()})["total"]
+
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) <= memory else (low, middle)
+    return int(parameters(low))
+
+
+def sketch(task, tokenizer) -> nn.Module:
+    """The model that a task trains, of fake tensors."""
+    name, attention = task.model_arguments.model_name_or_path, task.model_arguments.attn_implementation
+    with FakeTensorMode():
+        if name is None:
+            return task.build_model(tokenizer)
+        config = getattr(task.auto_class, "config_class", AutoConfig).from_pretrained(name)
+        fields = task.config_fields(tokenizer) | task.model_arguments.config_fields()
+        for field, value in {**fields, "vocab_size": max(len(tokenizer), config.vocab_size)}.items():
+            setattr(config, field, value)
+        build = getattr(task.auto_class, "from_config", None) or task.auto_class._from_config
+        return build(config, attn_implementation=attention)
+
+
+def count_tokens(rows, task, tokenizer, sample: int = 1_000_000) -> float:
+    """Tokens of some rows, from the UTF-8 bytes of all and the bytes per token of the first million characters."""
+    if isinstance(rows, IterableDataset):
+        raise InputError("max_steps: name it; a stream's length is not known.")
+    text, size = "", 0
+    for part in task.texts(rows):
+        size += len(part.encode())
+        text += part[: max(sample - len(text), 0)]
+    return size * len(tokenizer(text, add_special_tokens=False)["input_ids"]) / max(len(text.encode()), 1)
+
+
+def plan(
+    model_arguments, data_arguments, arguments, hardware="this", gpus=1, price=None, utilization=UTILIZATION
+) -> dict:
+    """
+    What a recipe costs.
+
+    On this machine the run is prepared as `hf-lm train` does (its data are then in the cache) and some of its steps are
+    timed. Of other hardware the time is that of the matrix products at a stated share of the peak; the tokens are those
+    of the recipe on one device, divided among all.
+
+    Args:
+        hardware: a key of `HARDWARE`, or `"this"`.
+        price: of a device for an hour, in any currency.
+
+    Raises:
+        InputError: unknown hardware, no device, or something is wrong with the recipe or its data.
+    """
+    if hardware != "this" and hardware not in HARDWARE:
+        raise InputError(f"--hardware: must be one of {', '.join(HARDWARE)}, this; got {hardware!r}.")
+    if gpus < 1 or (hardware == "this" and gpus > 1):
+        raise InputError(f"--gpus: must be at least 1, and more only with other --hardware, got {gpus}.")
+    task, length = (
+        task_class(data_arguments.task)(model_arguments, data_arguments, arguments),
+        data_arguments.block_size,
+    )
+    step_tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * length
+    measured, steps = None, float(arguments.max_steps)
+    if hardware == "this":
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.output_dir = folder
+            trainer = task.build_trainer(None)
+            measured = forecast(trainer, seconds=5.0)
+        device, tokenizer = arguments.device.type, trainer.processing_class
+        steps, step_tokens = measured["costs"]["steps"], measured["costs"]["tokens"]
+        memory, peak, watts = memory_of(arguments.device), None, assumed_watts(describe_hardware(arguments.device))
+    else:
+        device, (memory, peak, watts), rows = "cuda", HARDWARE[hardware], task.load()
+        tokenizer = task.build_tokenizer(rows["train"])
+        if steps <= 0:
+            steps = math.ceil(arguments.num_train_epochs * count_tokens(rows["train"], task, tokenizer) / step_tokens)
+    model = sketch(task, tokenizer)
+    parts, tokens = parameters_by_part(model), steps * step_tokens
+    flops = flops_by_part(model, length, step_tokens if arguments.muon_learning_rate is not None else None)
+    per_token = sum(flops.values())
+    speed = measured["tokens_per_second"] if measured else peak * utilization * gpus / per_token
+    hours = (measured["total_seconds"] if measured else tokens / speed) / 3600
+    strategies = memory_by_strategy(model, arguments, length, device, gpus)
+    count = sum(parts.values())
+    return {
+        "hardware": describe_hardware(arguments.device) if measured else hardware,
+        "gpus": gpus,
+        "parameters": {**parts, "total": count},
+        "flops_per_token": {**flops, "total": per_token},
+        "memory": {"device": memory, "strategies": strategies},
+        "largest_model": {
+            name: largest_model(model, {part: size for part, size in sizes.items() if part != "total"}, memory)
+            for name, sizes in strategies.items()
+        },
+        "steps": int(steps),
+        "tokens": int(tokens),
+        "optimal_tokens": TOKENS_PER_PARAMETER * count,
+        "tokens_per_second": speed,
+        "flops_per_second": speed * per_token,
+        "utilization": None if measured else utilization,
+        "hours": hours,
+        "watts": watts,
+        "kilowatt_hours": watts * gpus * hours / 1000 if watts else None,
+        "price": price,
+        "money": None if price is None else price * gpus * hours,
+        "forecast": measured,
+    }
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def as_text(costs: dict) -> str:
+    """A plan for people."""
+
+    def listed(parts: dict, unit: float = 1.0, digits: int = 0) -> str:
+        return ", ".join(f"{name} {size / unit:,.{digits}f}" for name, size in parts.items())
+
+    measured, memory = costs["forecast"], costs["memory"]["device"]
+    how = "measured" if measured else f"at {costs['utilization']:.0%} of the peak"
+    lines = [
+        f"{costs['gpus']} x {costs['hardware']}",
+        f"parameters: {listed(costs['parameters'])}",
+        f"MFLOP a token, forward and backward: {listed(costs['flops_per_token'], 1e6, 3)}",
+        f"memory of a device, MB (it has {memory / 1e6:,.0f}):",
+        *(f"  {name}: {listed(parts, 1e6)}" for name, parts in costs["memory"]["strategies"].items()),
+        f"largest model of this shape that fits, million parameters: {listed(costs['largest_model'], 1e6)}",
+        f"tokens: {costs['tokens']:,} in {costs['steps']:,} steps; compute-optimal are {costs['optimal_tokens']:,} "
+        f"({TOKENS_PER_PARAMETER} a parameter, arXiv:2203.15556)",
+        f"speed, {how}: {costs['tokens_per_second']:,.0f} tokens/s, {costs['flops_per_second'] / 1e9:,.1f} GFLOP/s",
+    ]
+    if measured:
+        lines.append(f"memory of the process, measured: {measured['peak_memory_bytes'] / 1e6:,.0f} MB")
+    cost = [f"time: {costs['hours'] * 3600:,.0f} s ({costs['hours']:.2f} h)"]
+    if costs["watts"]:
+        cost.append(f"energy: {costs['kilowatt_hours']:.3g} kWh at {costs['watts']} W a device, its stated power")
+    if costs["money"] is not None:
+        cost.append(f"money: {costs['money']:,.2f} at {costs['price']:g} an hour and device")
+    return "\n".join([*lines, "; ".join(cost)])

@@ -1,0 +1,172 @@
+"""The page that a training run leaves: how it went, what it can do, what it cost, what it was made of."""
+
+import json
+import math
+from itertools import chain, islice
+from pathlib import Path
+
+from datasets import Dataset
+
+from ..evaluation.quality import sample_quality, token_calibration
+from ..hub.card import RESULTS, compute_facts, read_recipe, shown
+from .page import write_page
+
+POINTS = 1000  # of a curve, at most
+CHARTS = {  # title: {label: key of the log}
+    "Loss, nats per token": {"training": "loss", "held out": "eval_loss"},
+    "Bits per byte, held out": {"": "eval_bits_per_byte"},
+    "Accuracy and F1, held out": {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"},
+    "Learning rate": {"": "learning_rate"},
+    "Gradient norm": {"": "grad_norm"},
+    "Tokens per second": {"": "tokens_per_second"},
+}
+TIMING = ("runtime", "samples_per_second", "steps_per_second")  # of an evaluation
+COSTS = {  # as a run measures them, and as it was predicted: name, divisor, unit
+    "total_seconds": ("the whole run", 1, "s"),
+    "train_seconds": ("training, with evaluations and checkpoints", 1, "s"),
+    "train_tokens_per_second": ("tokens per second, all of that included", 1, ""),
+    "peak_memory_bytes": ("peak memory of the process", 1e9, "GB"),
+    "peak_device_memory_bytes": ("peak memory of the device", 1e9, "GB"),
+}
+QUALITY = {
+    "ece": "expected calibration error of the next token, held out",
+    "accuracy": "how often the likeliest token comes next",
+    "confidence": "how often it should, by its probability",
+    "tokens": "of so many tokens",
+    "repetition": "four-grams of words that a sample has had before, share",
+    "distinct_1": "different words among all words of the samples",
+    "distinct_2": "different pairs of words",
+    "samples": "samples looked at",
+    "overlap_characters": "characters of the longest stretch copied from the training text",
+    "overlap": "that stretch",
+}
+RUN = ("task", "base_model", "parameters", "seed", "processes", "hardware", "license", "language", "git_revision")
+SEARCHED = 3_000_000  # characters of training text that samples are compared with
+CALIBRATED = 8  # batches of held-out text
+PER_PROMPT = 4  # samples
+
+
+def measure_quality(trainer, continue_prompts) -> dict:
+    """
+    Calibration on held-out text, and for the recipe's prompts repetition, diversity and what is copied.
+
+    Args:
+        continue_prompts: `continue_prompts(trainer, count)` gives `text`s, `count` for each prompt.
+    """
+    model, quality = trainer.model.eval(), {}
+    if not trainer.is_world_process_zero() or not model.can_generate():
+        return quality
+    if trainer.eval_dataset is not None and trainer.args.world_size == 1:
+        quality = token_calibration(model, islice(trainer.get_eval_dataloader(), CALIBRATED))
+    if trainer.args.sample_prompts and isinstance(trainer.train_dataset, Dataset):
+        samples = [sample["text"] for sample in continue_prompts(trainer, PER_PROMPT)]
+        text = ""
+        for rows in trainer.train_dataset.select_columns("input_ids").with_format(None).iter(1000):
+            text += trainer.processing_class.decode([*chain(*rows["input_ids"])], skip_special_tokens=True)
+            if len(text) > SEARCHED:
+                break
+        quality |= sample_quality(samples, text[:SEARCHED])
+    return {name: value for name, value in quality.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def _charts(log: list[dict]) -> list[dict]:
+    charts = []
+    for title, lines in CHARTS.items():
+        series = []
+        for label, key in lines.items():
+            points = [[row["step"], row[key]] for row in log if isinstance(row.get(key), int | float)]
+            points = [point for point in points if math.isfinite(point[1])]
+            if points:
+                thinned = points[:: math.ceil(len(points) / POINTS)]
+                series.append({"label": label, "points": thinned + points[-1:] * (thinned[-1] != points[-1])})
+        if series:
+            charts.append({"title": title, "series": series})
+    return charts
+
+
+def _costs(metrics: dict) -> list[list]:
+    predicted, rows = metrics.get("predicted") or {}, []
+    for key, (name, divisor, unit) in COSTS.items():
+        if key in metrics:
+            digits = {"s": 1, "GB": 2}.get(unit, 0)
+            cells = [
+                f"{values[key] / divisor:,.{digits}f} {unit}".strip() if key in values else None
+                for values in (predicted, metrics)
+            ]
+            off = f"{100 * (metrics[key] / predicted[key] - 1):+.0f} %" if predicted.get(key) else None
+            rows.append([name, *cells, off])
+    facts = compute_facts(metrics, metrics.get("parameters"))
+    if "flops" in facts:
+        rows.append([f"floating-point operations ({facts['flops_source']})", None, facts["flops"], None])
+    if "watt_hours" in facts:
+        rows.append(["energy, from the stated power", None, f"{facts['watt_hours']:.3g} Wh", None])
+    return rows
+
+
+def _cell(value) -> str | None:
+    return None if value is None else str(shown(value))
+
+
+def _results(metrics: dict) -> list[list]:
+    rows = []
+    for score in (metrics, *metrics.get("baselines", ())):
+        start = f"{score['name']}: " if "name" in score else ""
+        for key, value in score.items():
+            is_score = (
+                key in RESULTS or f"{key}_interval" in score or key.split("_")[0] in RESULTS or "bits_per_byte" in key
+            )
+            if is_score and isinstance(value, int | float):
+                interval = " to ".join(map(str, map(shown, score.get(f"{key}_interval") or ()))) or None
+                rows.append([start + RESULTS.get(key, key.replace("_", " ")), _cell(value), interval])
+    return rows
+
+
+def _evaluations(log: list[dict]) -> tuple[list, list]:
+    by_step = {row["step"]: row for row in log if any(key.startswith("eval_") for key in row)}
+    keys = [key for key in next(iter(by_step.values()), {}) if key.startswith("eval_") and not key.endswith(TIMING)]
+    head = ["step", *(key.removeprefix("eval_").replace("_", " ") for key in keys)]
+    return head, [[f"{step:,}", *(_cell(row.get(key)) for key in keys)] for step, row in sorted(by_step.items())]
+
+
+def write_report(folder: Path) -> Path:
+    """
+    Write `report.html` from what a run has left in its folder: `metrics.json`, and where they are there
+    `trainer_state.json`, `samples.jsonl`, `recipe.yaml` and `config.json`.
+    """
+
+    def read(name: str) -> dict:
+        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
+
+    def listed(values: dict) -> list[list]:
+        return [[key, _cell(value)] for key, value in values.items() if value is not None and key != "auto_map"]
+
+    metrics, log = read("metrics.json"), read("trainer_state.json").get("log_history", [])
+    quality, (head, evaluations) = metrics.get("quality", {}), _evaluations(log)
+    run = {key: metrics.get(key) for key in RUN} | metrics.get("versions", {})
+    tables = [
+        {"title": "Results", "head": ["", "value", "95 % interval"], "rows": _results(metrics)},
+        {"title": "Evaluations on the way", "head": head, "rows": evaluations},
+        {
+            "title": "Quality",
+            "rows": [[words, _cell(quality[key])] for key, words in QUALITY.items() if key in quality],
+        },
+        {"title": "Cost", "head": ["", "predicted", "actual", "difference"], "rows": _costs(metrics)},
+        {"title": "Data", "rows": listed(metrics.get("data", {}))},
+        {"title": "Run", "rows": listed(run)},
+        {"title": "Model", "rows": listed(read("config.json"))},
+    ]
+    samples, file = {}, folder / "samples.jsonl"
+    for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else ():
+        sample = json.loads(line)
+        samples[sample["step"], sample["prompt"]] = sample  # the last step is looked at twice
+    counts = f"{metrics.get('steps', 0):,} steps, {metrics.get('train_tokens', 0):,} tokens"
+    data = {
+        "name": folder.resolve().name,
+        "summary": ", ".join(filter(None, (metrics.get("summary"), counts))),
+        "charts": _charts(log),
+        "samples": list(samples.values()),
+        "tables": [table for table in tables if table["rows"]],
+        "recipe": read_recipe(folder / "recipe.yaml") or "",
+    }
+    write_page("report.html", data, folder / "report.html")
+    return folder / "report.html"
