@@ -355,7 +355,7 @@ def build_card(
     name = name or metrics.get("model_name") or folder.resolve().name
     metadata = build_metadata(artifacts, name, license, text_language)
     parameters = counts.get("parameters", metrics.get("parameters"))
-    chat = (folder / "chat_template.jinja").exists()
+    chat = metadata.pipeline_tag == "text-generation" and (folder / "chat_template.jinja").exists()
     pair = next((key.split("/")[1] for key in metrics if key.startswith("chrf/")), None)
     usage = "chat" if chat else "translation" if pair else metadata.pipeline_tag or "feature-extraction"
     auto_class, lines = USAGE[usage]

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas
@@ -310,3 +313,17 @@ def test_recipe_runs_shortly(repository, base, tmp_path, monkeypatch, name):
     assert main(["train", f"recipes/sentiment/{name}.yaml", *words]) == 0
     metrics = json.loads((tmp_path / "short" / "metrics.json").read_text())
     assert metrics["examples"] == 50 and metrics["baselines"][-1]["accuracy"] > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_score_every_row_once_and_in_order(task_recipe, rows, tmp_path, task):
+    odd = rows.drop(rows[rows["split"] == "test"].index[:7])  # no whole number of batches for two processes
+    path = task_recipe(rows=odd, task=task, per_device_train_batch_size=8, per_device_eval_batch_size=4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hf_lm", "train", path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["processes"], metrics["examples"]) == (2, 33)
+    assert metrics["accuracy"] > 0.9
