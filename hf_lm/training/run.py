@@ -68,12 +68,17 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     return None
 
 
-def is_finished(state: TrainerState) -> bool:
-    """Whether a checkpoint's state is of the run's last step: the stock trainer would train one step more."""
+def is_finished(state: TrainerState, max_steps: int) -> bool:
+    """
+    Whether a checkpoint's state is of the run's last step: the stock trainer would train one step more.
+
+    Args:
+        max_steps: that is wanted now; -1 for as many as it was made for.
+    """
     stopper = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
     if stopper and stopper["attributes"][STOPPER_COUNT] >= stopper["args"]["early_stopping_patience"]:
         return True
-    return state.global_step >= state.max_steps
+    return state.global_step >= (max_steps if max_steps > 0 else state.max_steps)
 
 
 def show_examples(trainer: HfLmTrainer, count: int) -> None:
@@ -105,7 +110,7 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
         if saved:  # upstream would count from 0 again
             stopper.early_stopping_patience_counter = saved["attributes"][STOPPER_COUNT]
         trainer.add_callback(stopper)
-    if checkpoint and is_finished(state):
+    if checkpoint and is_finished(state, trainer.args.max_steps):
         print(f"The run of {checkpoint} has finished training; only what comes after is done.", file=sys.stderr)
         best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         trainer._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)

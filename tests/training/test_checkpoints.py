@@ -1,0 +1,152 @@
+"""What a checkpoint must be to be trusted, which ones stay, what is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_lm.errors import InputError
+from hf_lm.training.arguments import parse_recipe
+from hf_lm.training.checkpoints import ASIDE, MANIFEST, damage, newest_valid, require_complete, rotate, seal
+from hf_lm.training.run import train
+
+
+def checkpoint(run: Path, step: int, **facts) -> Path:
+    """A sealed folder with one file of each kind."""
+    aside = run / ASIDE / f"checkpoint-{step}"
+    aside.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (aside / name).write_bytes(os.urandom(1000))
+    seal(aside, run / aside.name, step=step, **{"progress": {}, "arguments": {}, **facts})
+    return run / aside.name
+
+
+def names(run: Path) -> list[str]:
+    return sorted(folder.name for folder in run.iterdir())
+
+
+def test_every_damage_is_found(tmp_path):
+    for number, spoil in enumerate((
+        lambda folder: (folder / "optimizer.pt").unlink(),
+        lambda folder: (folder / "optimizer.pt").write_bytes(b""),
+        lambda folder: (folder / MANIFEST).unlink(),
+        lambda folder: (folder / MANIFEST).write_text("{"),
+        lambda folder: (folder / MANIFEST).write_text("[]"),
+    )):  # fmt: skip
+        folder = checkpoint(tmp_path, number)
+        assert damage(folder) is None
+        spoil(folder)
+        assert damage(folder) and damage(folder, contents=False)
+    folder = checkpoint(tmp_path, 10)
+    bytes_ = bytearray((folder / "model.safetensors").read_bytes())
+    bytes_[500] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes_)
+    assert "SHA-256" in damage(folder)
+    said = []
+    assert newest_valid(tmp_path, said.append) is None
+    assert len(said) == 6 and all("set aside as damaged-checkpoint-" in line for line in said)
+
+
+def test_the_limit_counts_valid_checkpoints_and_never_takes_the_last_of_them(tmp_path):
+    one, two, three = (checkpoint(tmp_path, step) for step in (1, 2, 3))
+    (three / "optimizer.pt").unlink()
+    rotate(tmp_path, 1, [])
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]  # of the valid ones the newest; the damaged one is kept
+    assert newest_valid(tmp_path, lambda line: None) == two
+    assert not one.exists()
+
+
+def test_what_was_just_saved_and_the_best_stay(tmp_path):
+    best, _, stale = (checkpoint(tmp_path, step) for step in (1, 2, 12))
+    new = checkpoint(tmp_path, 3)  # a run that went on from checkpoint-2, not from checkpoint-12
+    rotate(tmp_path, 1, [new, best])
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+    assert not stale.exists()
+
+
+def test_without_a_limit_all_stay(tmp_path):
+    for limit in (None, 0, 5):
+        for step in (1, 2, 3):
+            if not (tmp_path / f"checkpoint-{step}").exists():
+                checkpoint(tmp_path, step)
+        rotate(tmp_path, limit, [])
+        assert len(names(tmp_path)) == 3
+
+
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
+    before = (checkpoint(tmp_path, 1) / MANIFEST).read_text()
+    after = (checkpoint(tmp_path, 1) / MANIFEST).read_text()
+    assert before != after and damage(tmp_path / "checkpoint-1") is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("optimizer.pt", "the optimizer's state"),
+        ("scheduler.pt", "the place in the learning-rate schedule"),
+        ("rng_state.pth", "the random number generators' state"),
+        ("progress", "the place in the data"),
+    ],
+)
+def test_missing_state_is_refused_unless_told_to_start_it_anew(tmp_path, lost, said):
+    folder = checkpoint(tmp_path, 1)
+    if lost == "progress":
+        manifest = json.loads((folder / MANIFEST).read_text())
+        del manifest["progress"]
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    else:
+        (folder / lost).unlink()
+    with pytest.raises(InputError, match=f"lacks {said}.*--restart_missing_state"):
+        require_complete(folder, {})
+    lines = []
+    require_complete(folder, {}, restart_missing_state=True, report=lines.append)
+    assert len(lines) == 1 and said in lines[0] and "started anew" in lines[0]
+
+
+@pytest.mark.parametrize(("lost", "said"), [("model.safetensors", "the weights"), ("trainer_state.json", "the step")])
+def test_without_weights_or_step_nothing_goes_on(tmp_path, lost, said):
+    folder = checkpoint(tmp_path, 1)
+    (folder / lost).unlink()
+    with pytest.raises(InputError, match=f"lacks {said}"):
+        require_complete(folder, {}, allow_changes=True, restart_missing_state=True)
+
+
+def test_weights_alone_are_gone_on_from_by_choice(recipe, tmp_path, capsys):
+    path = recipe(save_only_model=True, eval_strategy="no", report_to="none")
+    train(*parse_recipe(path, ["--max_steps", "8"]))
+    with pytest.raises(InputError, match=r"lacks the optimizer's state, the place in the learning-rate.*generators"):
+        train(*parse_recipe(path, ["--resume", "--allow_changes"]))
+    metrics = train(*parse_recipe(path, ["--resume", "--allow_changes", "--restart_missing_state"]))
+    assert metrics["steps"] == 12
+    assert "goes on with these started anew" in capsys.readouterr().err
+
+
+def test_other_data_and_another_model_are_refused(recipe, tmp_path):
+    path = recipe(eval_strategy="no", report_to="none", max_steps=4)
+    train(*parse_recipe(path, []))
+    with pytest.raises(InputError, match="block_size 64 -> 32"):
+        train(*parse_recipe(path, ["--resume", "--block_size", "32", "--max_steps", "4"]))
+    book = tmp_path / "book.txt"
+    book.write_text(book.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "away")
+    torch.manual_seed(0)
+    train(*parse_recipe(path, ["--overwrite", "--max_steps", "8", "--save_steps", "4"]))
+    for name in ("checkpoint-8",):
+        (tmp_path / "run" / name).rename(tmp_path / f"away-{name}")
+    book.write_text(book.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
+    with pytest.raises(InputError, match=r"was made with \d+ rows of training data, there are \d+ now"):
+        train(*parse_recipe(path, ["--resume", "--max_steps", "8", "--save_steps", "4"]))
+
+
+def test_counts_go_on_over_a_resume(recipe, tmp_path):
+    path = recipe(eval_strategy="no", report_to="none")
+    straight = train(*parse_recipe(path, []))
+    for name in ("checkpoint-12", "checkpoint-8"):
+        (tmp_path / "run" / name).rename(tmp_path / f"away-{name}")
+    resumed = train(*parse_recipe(path, ["--resume"]))
+    assert resumed["train_tokens"] == straight["train_tokens"]
+    assert resumed["train_seconds"] > 0 and resumed["divergences"] == 0
+    finished = train(*parse_recipe(path, ["--resume"]))
+    assert finished["train_tokens"] == straight["train_tokens"]

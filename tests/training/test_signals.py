@@ -1,0 +1,120 @@
+"""SIGINT and SIGTERM: a checkpoint, then the end; twice: the end, with earlier checkpoints whole."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_lm.training.arguments import parse_recipe
+from hf_lm.training.callbacks import InterruptCallback
+from hf_lm.training.checkpoints import damage
+from hf_lm.training.run import Interrupted, train
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(*command: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def wait_for(condition, limit: float = 90.0) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("step", [5, 6])
+@pytest.mark.parametrize("best", [False, True])
+def test_a_signalled_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, step, best):
+    """Also where evaluations are due, with dropout, and where only the best checkpoint would be kept."""
+    changes = {"config_overrides": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "residual_dropout": 0.1}, "eval_steps": 3, "save_steps": 3, "sample_prompts": None}  # fmt: skip
+    if best:
+        changes |= {"load_best_model_at_end": True, "save_total_limit": 1}
+    train(*parse_recipe(recipe(**changes, output_dir=str(tmp_path / "straight")), []))
+
+    path = recipe(**changes)
+    begin = InterruptCallback.on_step_begin
+    with monkeypatch.context() as context:
+
+        def signalled(self, args, state, control, **kwargs):
+            if state.global_step == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        context.setattr(InterruptCallback, "on_step_begin", signalled)
+        with pytest.raises(Interrupted) as stop:
+            train(*parse_recipe(path, []))
+    assert InterruptCallback.on_step_begin is begin
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+    saved = tmp_path / "run" / f"checkpoint-{step}"
+    assert str(saved) in str(stop.value) and damage(saved) is None
+    train(*parse_recipe(path, ["--resume"]))
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
+    states = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("straight", "run")]
+    assert states[0]["best_global_step"] == states[1]["best_global_step"]
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once_and_leaves_earlier_checkpoints_whole(recipe, tmp_path):
+    path = recipe(max_steps=100_000, save_steps=1, save_total_limit=3, eval_strategy="no", report_to="none")
+    moments = random.Random(0)
+    for attempt in range(3):
+        process = start("-m", "hf_lm", "train", path, *(["--resume"] if attempt else []))
+        run = tmp_path / "run"
+        known = set(run.glob("checkpoint-*"))
+        wait_for(lambda run=run, known=known: set(run.glob("checkpoint-*")) - known)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(moments.uniform(0, 0.03))
+        process.send_signal(signal.SIGTERM)
+        before = time.monotonic()
+        process.wait(timeout=60)
+        assert time.monotonic() - before < 30
+        assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        folders = list(run.glob("checkpoint-*"))
+        assert folders and not any(damage(folder) for folder in folders)
+
+
+TWO = """
+import os, signal, sys
+from hf_lm.cli import main
+from hf_lm.training.callbacks import InterruptCallback
+rank, steps = int(os.environ["RANK"]), [int(step) for step in sys.argv[2].split(",")]
+def at_its_step(self, args, state, control, **kwargs):
+    if state.global_step == steps[rank]:
+        os.kill(os.getpid(), signal.SIGTERM)
+InterruptCallback.on_step_begin = at_its_step
+code = main(["train", sys.argv[1], *sys.argv[3:]])
+print(f"rank {rank} ends with {code}", file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["-1,3", "3,5"])
+def test_processes_that_get_a_signal_at_different_steps_stop_at_the_same_one(recipe, tmp_path, steps):
+    path = recipe(eval_strategy="no", report_to="none", muon_learning_rate=None)
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    process = start("-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), path, steps)
+    _, errors = process.communicate(timeout=240)
+    for rank in (0, 1):
+        assert f"rank {rank} ends with 143" in errors, errors[-3000:]
+    assert sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4"]
+    assert damage(tmp_path / "run" / "checkpoint-4") is None
+    assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {file.name for file in (tmp_path / "run" / "checkpoint-4").iterdir()}  # fmt: skip
