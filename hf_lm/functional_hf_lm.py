@@ -173,14 +173,13 @@ def apply_rotary_pos_emb(
         cos, sin: `(batch, sequence, rotated dims)`.
     """
     cos, sin = cos.unsqueeze(1).to(q.dtype), sin.unsqueeze(1).to(q.dtype)
-    rotated = cos.shape[-1]
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        turning = x[..., :rotated]
-        turned = turning * cos + rotate_half(turning, interleaved) * sin
-        return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)
-
-    return rotate(q), rotate(k)
+    rotated, heads = cos.shape[-1], q.shape[1]
+    x = torch.cat((q, k), dim=1)  # both at once: in decoding, the number of operations is what takes the time
+    turning = x[..., :rotated]
+    turned = turning * cos + rotate_half(turning, interleaved) * sin
+    if rotated != x.shape[-1]:
+        turned = torch.cat((turned, x[..., rotated:]), dim=-1)
+    return turned[:, :heads], turned[:, heads:]
 
 
 def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -255,6 +254,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, training: bool =
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype.itemsize == 2 and device == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight).to(dtype)
     if training and device == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x.float(), weight.float(), eps).to(dtype)
     if x.dtype == weight.dtype:

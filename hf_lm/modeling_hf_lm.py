@@ -136,6 +136,9 @@ class HfLmAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.attention_multiplier or config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        # reading them from the config in every step is slow
+        self.qk_norm, self.softcap = config.qk_norm, config.attn_logit_softcapping
+        self.rope_interleaved = config.rope_interleaved
         self.is_causal = True
         is_sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if is_sliding else None
@@ -149,10 +152,13 @@ class HfLmAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_out_bias)
         self.o_proj.starts_at_zero = config.zero_init_residual
-        if config.qk_norm is not None:
-            per_head = config.qk_norm == "head"
+        if self.qk_norm is not None:
+            per_head = self.qk_norm == "head"
             self.q_norm = HfLmRMSNorm(self.head_dim if per_head else q_size, config.norm_eps, config.norm_offset)
             self.k_norm = HfLmRMSNorm(self.head_dim if per_head else kv_size, config.norm_eps, config.norm_offset)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
     def forward(
         self,
@@ -164,35 +170,27 @@ class HfLmAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.config.qk_norm == "full":
+        query, key, value = self.project(hidden_states)
+        if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.view(head_shape), key.view(head_shape), value.view(head_shape)
-        if self.config.qk_norm == "head":
+        if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
         if self.use_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.config.rope_interleaved)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.rope_interleaved)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config.attn_logit_softcapping is not None:
-            kwargs["softcap"] = self.config.attn_logit_softcapping
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        kwargs["dropout"] = self.attention_dropout if self.training else 0.0
+        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window}
+        output, weights = attention(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
@@ -250,7 +248,7 @@ class HfLmDecoderLayer(GradientCheckpointingLayer):
 
     def _branch(self, output: torch.Tensor) -> torch.Tensor:
         """What a sub-layer adds to the residual stream."""
-        output = self.residual_dropout(output)
+        output = self.residual_dropout(output) if self.training else output
         return output if self.residual_multiplier == 1.0 else output * self.residual_multiplier
 
     def forward(

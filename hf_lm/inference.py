@@ -1,0 +1,174 @@
+"""
+A model made ready to write text on a CPU.
+
+Decoding reads every weight once a token, so what counts is how fast they are read and how little happens in between.
+A plain 16-bit linear layer lays its weights out anew for the CPU's matrix unit at every call; here that is done once,
+and layers that read the same input become one product. With 8-bit weights there is half as much to read.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_hf_lm import HfLmConfig
+from .errors import InputError
+from .functional_hf_lm import eager_attention_forward
+from .modeling_hf_lm import HfLmDecoderLayer, HfLmForCausalLM, HfLmMLP, HfLmRotaryEmbedding
+
+
+class PackedLinear(nn.Module):
+    """
+    The outputs of linear layers of the same input, side by side: `(..., in)` -> `(..., sum of out)`.
+
+    Args:
+        layers: each with a bias, or none of them.
+        int8: round the weights to 8 bits, with one scale for each output, and while computing each input row to 8 bits
+            too; the products add up exactly in 32 bits.
+    """
+
+    def __init__(self, *layers: nn.Linear, int8: bool = False):
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        self.scales = None
+        if int8:
+            self.scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
+            self.zeros = torch.zeros(len(weight), dtype=torch.long)
+            weight = (weight.float() / self.scales[:, None]).round().to(torch.int8)
+            self.packed = torch.ops.onednn.qlinear_prepack(weight, [1, weight.shape[1]])
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scales is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-12)
+        rounded = (x * (127 / largest)).round_().to(torch.int8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            rounded, 1 / 127, 0, self.packed, self.scales, self.zeros, None, 1.0, 0, x.dtype, "none", [], ""
+        ).mul_(largest)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output of each layer by itself."""
+        return self(x).split(self.sizes, dim=-1)
+
+
+class PackedGatedMLP(nn.Module):
+    """`HfLmMLP` with a gate: gate and up projection are one product."""
+
+    def __init__(self, mlp: HfLmMLP, int8: bool):
+        super().__init__()
+        self.gate_up_proj = PackedLinear(mlp.gate_proj, mlp.up_proj, int8=int8)
+        self.down_proj = PackedLinear(mlp.down_proj, int8=int8)
+        self.act_fn = mlp.act_fn
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj.separate(hidden_states)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class SignedRotaryEmbedding(nn.Module):
+    """The cosines, and the sines negated in their first half: `rotate_half(x) * sin` is then `roll(x) * sin`."""
+
+    def __init__(self, rotary: HfLmRotaryEmbedding):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rotary(x, position_ids)
+        first, second = sin.chunk(2, dim=-1)
+        return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
+
+
+class PackedDecoderLayer(HfLmDecoderLayer):
+    """A packed layer of the Llama kind (see `is_plain`) in as few operations as it takes."""
+
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    ) -> torch.Tensor:
+        attention, (batch, length, _), (cos, sin) = self.self_attn, hidden_states.shape, position_embeddings
+        heads, size = attention.config.num_attention_heads, attention.head_dim
+        kv_heads = heads // attention.num_key_value_groups
+        projected = attention.qkv_proj(self.input_layernorm(hidden_states)).view(batch, length, -1, size)
+        turning, value = projected.split((heads + kv_heads, kv_heads), dim=2)
+        turned = (turning * cos).addcmul_(turning.roll(size // 2, dims=-1), sin).transpose(1, 2)
+        query, key, value = turned[:, :heads], turned[:, heads:], value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)
+        hidden_states = hidden_states + attention.o_proj(output.reshape(batch, length, -1))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def is_plain(config: HfLmConfig) -> bool:
+    """Whether the layers are of the Llama kind, all with the same rotary positions over the whole head."""
+    rotated = (config.rope_parameters or {}).get("partial_rotary_factor") or 1.0
+    return (
+        config.norm_position == "pre"
+        and config.parallel_residual == "none"
+        and config.residual_multiplier == 1.0
+        and config.mlp_type == "gated"
+        and config.position_embedding_type == "rope"
+        and not (config.rope_interleaved or config.no_rope_layers or config.qk_norm or config.attn_logit_softcapping)
+        and set(config.layer_types) == {"full_attention"}
+        and rotated == 1.0
+    )
+
+
+def can_optimize(model: nn.Module) -> bool:
+    """Whether `optimize_for_inference` takes the model: a plain hf_lm one on a CPU whose kernels know its dtype."""
+    return (
+        isinstance(model, HfLmForCausalLM)
+        and model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and (model.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and all(type(m) is nn.Linear for name, m in model.named_modules() if name.endswith(("_proj", "lm_head")))
+    )
+
+
+def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmForCausalLM:
+    """
+    Replace, in place, the linear layers by packed ones. The model then writes text, and computes logits and losses as
+    before, faster; it can no longer be trained or saved.
+
+    Args:
+        model: in bfloat16 or float32, on a CPU.
+        int8: round weights and activations of the linear layers to 8 bits (see `PackedLinear`).
+
+    Raises:
+        InputError: `can_optimize` says no.
+    """
+    if not can_optimize(model):
+        raise InputError(
+            "model: must be a plain hf_lm model in float32, or in bfloat16 if the CPU computes in it, got "
+            f"{type(model).__name__} in {model.dtype} on {model.device}."
+        )
+
+    def refuse(*args, **kwargs):
+        raise InputError("model: was optimized for inference, which cannot be saved. Load it anew to save it.")
+
+    model.eval().requires_grad_(False)
+    plain = is_plain(model.config)
+    if plain:
+        model.model.rotary_emb = SignedRotaryEmbedding(model.model.rotary_emb)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, int8=int8)
+        attention.project = attention.qkv_proj.separate
+        del attention.q_proj, attention.k_proj, attention.v_proj
+        attention.o_proj = PackedLinear(attention.o_proj, int8=int8)
+        if mlp.gate_proj is not None:
+            layer.mlp = PackedGatedMLP(mlp, int8)
+        else:
+            mlp.up_proj, mlp.down_proj = PackedLinear(mlp.up_proj, int8=int8), PackedLinear(mlp.down_proj, int8=int8)
+        if plain:
+            layer.__class__ = PackedDecoderLayer
+    model.lm_head = PackedLinear(model.lm_head, int8=int8)
+    # Less to keep book of; the logits are made outside of it, for generation may change them in place.
+    model.model.forward = torch.inference_mode()(model.model.forward)
+    model.save_pretrained = refuse
+    return model
