@@ -207,7 +207,7 @@ def padded_equals_single(patient: Patient) -> str | None:
         return f"padding on the right: {problem}"
     left = torch.cat([padding, short], dim=1)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
-    options |= {"return_dict_in_generate": True, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "pad_token_id": 0, "num_beams": 1}
     masks = torch.stack([torch.ones(LENGTH).long(), torch.cat([zeros, ones], dim=1)[0]])
     together = patient.model.generate(torch.cat([patient.ids[:1], left]), attention_mask=masks, **options)
     alone = patient.model.generate(short, attention_mask=ones, **options)

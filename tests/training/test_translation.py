@@ -119,7 +119,7 @@ def test_a_run_ends_in_scores_of_every_pair_a_model_and_a_card(recipe, tmp_path,
     assert metrics["bits_per_byte"] > 0
 
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "chrF en-de" in card and "copying the source" in card and "<|en-de|>" in card
+    assert "chrF en-de" in card and "| en, de, zh |" in card and "copying the source" in card and "<|en-de|>" in card
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert pairs_of(tokenizer) == PAIRS
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -262,11 +262,13 @@ def test_examples_without_a_text_are_left_out_and_counted(recipe, sentences, cap
         encoded(recipe(rows))
 
 
-def test_a_column_of_translations_is_read_too(recipe, tmp_path, sentences):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_translations_is_read_too(recipe, tmp_path, sentences, streaming):
     rows = sentences[sentences["split"] == "train"].head(20)
     lines = [json.dumps({"translation": {"en": en, "de": de}}) for en, de in zip(rows["en"], rows["de"], strict=True)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     changes = {"train_file": str(tmp_path / "rows.jsonl"), "split_column_name": None, "language_pairs": ["de-en"]}
+    changes |= {"streaming": streaming}
     blocks, tokenizer = encoded(recipe(validation_split_percentage=0, packing=False, **changes))
     assert f"<|bos|>{rows['de'].iloc[0]}<|de-en|>{rows['en'].iloc[0]}<|eos|>" in map(
         tokenizer.decode, blocks["input_ids"]
