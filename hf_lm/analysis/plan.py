@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tempfile
+import time
 
 import torch
 from datasets import IterableDataset
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError
 from ..functional_hf_lm import SLICE_ELEMENTS
 from ..hub.card import WATTS, assumed_watts
+from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
 from ..training.tasks import task_class
 from .explain import decoder_layers
@@ -66,7 +68,7 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
 def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None) -> dict[str, float]:
     """
     Floating-point operations of a training step for each token: the matrix products, as `torch.utils.flop_counter`
-    counts them. Forward and backward take three times the forward. Attention is counted in full, as if it were not
+    counts them: of forward and backward, three times the forward's (twice, where weights are not learned). Attention is counted in full, as if it were not
     causal: `2 * 2 * context * heads * head_dim` for scores and values.
 
     Args:
@@ -81,7 +83,7 @@ def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None)
     )
     sizes = [sorted(parameter.shape) for parameter in layer_matrices(model)] if muon_batch else []
     return {
-        "matrices": 6.0 * sum(module.weight.numel() for module in linear),
+        "matrices": sum((6.0 if of.weight.requires_grad else 4.0) * of.weight.numel() for of in linear),
         "attention": 12.0 * context * width * config.num_hidden_layers,
         "head": 6.0 * head.weight.numel() if model.can_generate() else 0.0,  # of a classifier: one token of a text
         "optimizer": 5 * sum(4 * low**2 * high + 2 * low**3 for low, high in sizes) / (muon_batch or 1),
@@ -130,19 +132,21 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
                 hook.remove()
         return sum(inside), sum(inputs), total()
 
-    one, two = measure(1), measure(2)
+    # From two and three rows: of one row alone, some views need no copy.
+    two, three = measure(2), measure(3)
     inside, inputs, every = (
-        first + (batch_size - 1) * (second - first) for first, second in zip(one, two, strict=True)
+        first + (batch_size - 2) * (second - first) for first, second in zip(two, three, strict=True)
     )
     if not checkpointing:
         return float(every)
-    copies = 2 * one[0] - two[0]  # what does not grow with the batch
+    copies = 3 * two[0] - 2 * three[0]  # what does not grow with the batch
     return every - inside + copies + inputs + (inside - copies) / len(layers)
 
 
 def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkpointing: bool) -> dict[str, float]:
     """Bytes that training takes on one device: weights and gradients in float32, and what `arguments` ask for."""
-    weights = 4.0 * model.num_parameters()
+    weights = 4.0 * sum(parameter.numel() for parameter in model.parameters())
+    learned = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     batch_size, muon = arguments.per_device_train_batch_size, arguments.muon_learning_rate is not None
     logits = batch_size * length * model.config.get_text_config().vocab_size if model.can_generate() else 0
     if model.config.model_type == "hf_lm":  # a slice in float32, its slopes, its gradients in bfloat16
@@ -150,8 +154,8 @@ def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkp
     matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
     return {
         "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights - 4.0 * matrices,  # Muon has one number for each weight, AdamW two
+        "gradients": learned,
+        "optimizer": 2 * learned - 4.0 * matrices,  # Muon has one number for each weight, AdamW two
         "activations": activation_bytes(model, batch_size, length, arguments.bf16, checkpointing),
         "logits": 4.0 * logits,
     }
@@ -184,7 +188,8 @@ def tensor_parallel_part(model: nn.Module, gpus: int) -> nn.Module | None:
     """What one of some devices has of a model under tensor parallelism: heads, width of the MLP, rows of the embedding."""
     sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
     config = model.config.to_dict()
-    if gpus == 1 or not model.can_generate() or any(not config.get(name) or config[name] % gpus for name in sizes[:3]):
+    divisible = all(config.get(name) and config[name] % gpus == 0 for name in sizes[:3])
+    if gpus == 1 or not divisible or type(model).__name__.startswith("Peft") or not model.can_generate():
         return None
     part = {name: -(-config[name] // gpus) for name in sizes}
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -228,7 +233,8 @@ def sketch(task, tokenizer) -> nn.Module:
         for field, value in {**fields, "vocab_size": max(len(tokenizer), config.vocab_size)}.items():
             setattr(config, field, value)
         build = getattr(task.auto_class, "from_config", None) or task.auto_class._from_config
-        return build(config, attn_implementation=attention)
+        model = build(config, attn_implementation=attention)
+        return add_adapter(model, task.model_arguments) if task.model_arguments.use_peft else model
 
 
 def count_tokens(rows, task, tokenizer, sample: int = 1_000_000) -> float:
@@ -268,17 +274,18 @@ def plan(
         data_arguments.block_size,
     )
     step_tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * length
-    measured, steps = None, float(arguments.max_steps)
+    measured, steps, start = None, float(arguments.max_steps), time.perf_counter()
     if hardware == "this":
         with tempfile.TemporaryDirectory() as folder:
             arguments.output_dir = folder
             trainer = task.build_trainer(None)
-            measured = forecast(trainer, seconds=5.0)
+            measured = forecast(trainer, time.perf_counter() - start, seconds=5.0)
         device, tokenizer = arguments.device.type, trainer.processing_class
         steps, step_tokens = measured["costs"]["steps"], measured["costs"]["tokens"]
         memory, peak, watts = memory_of(arguments.device), None, assumed_watts(describe_hardware(arguments.device))
     else:
         device, (memory, peak, watts), rows = "cuda", HARDWARE[hardware], task.load()
+        arguments.bf16, model_arguments.attn_implementation = True, model_arguments.attn_implementation or "sdpa"
         tokenizer = task.build_tokenizer(rows["train"])
         if steps <= 0:
             steps = math.ceil(arguments.num_train_epochs * count_tokens(rows["train"], task, tokenizer) / step_tokens)
@@ -289,6 +296,8 @@ def plan(
     speed = measured["tokens_per_second"] if measured else peak * utilization * gpus / per_token
     hours = (measured["total_seconds"] if measured else tokens / speed) / 3600
     strategies = memory_by_strategy(model, arguments, length, device, gpus)
+    for sizes in strategies.values():
+        sizes["largest_model"] = largest_model(model, sizes, memory)
     count = sum(parts.values())
     return {
         "hardware": describe_hardware(arguments.device) if measured else hardware,
@@ -296,10 +305,6 @@ def plan(
         "parameters": {**parts, "total": count},
         "flops_per_token": {**flops, "total": per_token},
         "memory": {"device": memory, "strategies": strategies},
-        "largest_model": {
-            name: largest_model(model, {part: size for part, size in sizes.items() if part != "total"}, memory)
-            for name, sizes in strategies.items()
-        },
         "steps": int(steps),
         "tokens": int(tokens),
         "optimal_tokens": TOKENS_PER_PARAMETER * count,
@@ -335,8 +340,11 @@ def as_text(costs: dict) -> str:
         f"parameters: {listed(costs['parameters'])}",
         f"MFLOP a token, forward and backward: {listed(costs['flops_per_token'], 1e6, 3)}",
         f"memory of a device, MB (it has {memory / 1e6:,.0f}):",
-        *(f"  {name}: {listed(parts, 1e6)}" for name, parts in costs["memory"]["strategies"].items()),
-        f"largest model of this shape that fits, million parameters: {listed(costs['largest_model'], 1e6)}",
+        *(
+            f"  {name}: {listed({part: size for part, size in parts.items() if part != 'largest_model'}, 1e6)}; "
+            f"fits up to {parts['largest_model'] / 1e6:,.0f} million parameters"
+            for name, parts in costs["memory"]["strategies"].items()
+        ),
         f"tokens: {costs['tokens']:,} in {costs['steps']:,} steps; compute-optimal are {costs['optimal_tokens']:,} "
         f"({TOKENS_PER_PARAMETER} a parameter, arXiv:2203.15556)",
         f"speed, {how}: {costs['tokens_per_second']:,.0f} tokens/s, {costs['flops_per_second'] / 1e9:,.1f} GFLOP/s",

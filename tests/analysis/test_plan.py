@@ -1,0 +1,206 @@
+"""What a run will cost: counted against torch's own counters, measured against real steps, and against a whole run."""
+
+import json
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.analysis.plan import (
+    activation_bytes,
+    flops_by_part,
+    largest_model,
+    memory_by_part,
+    memory_by_strategy,
+    parameters_by_part,
+)
+from hf_lm.cli import main
+from hf_lm.training.optimizers import MuonAdamW
+
+SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+VARIANTS = [
+    {},
+    {"num_key_value_heads": 2, "head_dim": 24, "mlp_type": "gated", "hidden_act": "silu", "qk_norm": None},
+    {"tie_word_embeddings": False, "sliding_window": 8, "attention_bias": True, "norm_type": "layernorm"},
+    {"parallel_residual": "shared", "position_embedding_type": "learned", "final_logit_softcapping": 15},
+]
+
+
+def tiny(**changes) -> HfLmForCausalLM:
+    return HfLmForCausalLM(HfLmConfig(**{**SIZES, "attn_implementation": "eager", **changes})).train()
+
+
+def arguments(batch_size: int = 2, muon: float | None = None, bf16: bool = False) -> Namespace:
+    return Namespace(per_device_train_batch_size=batch_size, muon_learning_rate=muon, bf16=bf16)
+
+
+LLAMA = LlamaConfig(**SIZES, intermediate_size=128, num_key_value_heads=2, attn_implementation="eager")
+GPT2 = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("build", [*(partial(tiny, **changes) for changes in VARIANTS), partial(LlamaForCausalLM, LLAMA), partial(GPT2LMHeadModel, GPT2)])  # fmt: skip
+def test_operations_are_those_that_torch_counts(build):
+    model, ids = build(), torch.randint(300, (3, 32))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counter.get_total_flops() == sum(flops_by_part(model, 32).values()) * ids.numel()
+
+
+def test_operations_and_state_of_muon_are_those_of_its_step():
+    model = tiny()
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizer = MuonAdamW([{"params": matrices, "muon": True}, {"params": others}])
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == pytest.approx(flops_by_part(model, 32, muon_batch=64)["optimizer"] * 64)
+    state = sum(value.nbytes for values in optimizer.state.values() for value in values.values() if value.ndim)
+    with FakeTensorMode():
+        assert memory_by_part(tiny(), arguments(muon=0.02), 32, "cpu", False)["optimizer"] == state
+
+
+def test_every_parameter_belongs_to_one_part():
+    for model in (tiny(), tiny(tie_word_embeddings=False, mlp_type="gated"), GPT2LMHeadModel(GPT2)):
+        parts = parameters_by_part(model)
+        assert sum(parts.values()) == model.num_parameters() and "other" not in parts
+    assert parameters_by_part(tiny())["embedding"] == 300 * 64
+    assert parameters_by_part(tiny(tie_word_embeddings=False))["head"] == 300 * 64
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_a_real_step_keeps(bf16):
+    model, ids, kept = tiny(), torch.zeros(5, 32, dtype=torch.long), {}
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bf16):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    with FakeTensorMode():
+        sketch = tiny()
+    planned = activation_bytes(sketch, 5, 32, bf16)
+    assert planned == pytest.approx(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), rel=0.01)
+    assert activation_bytes(sketch, 5, 32, bf16, checkpointing=True) < 0.75 * planned
+
+
+def test_devices_share_what_their_strategy_divides():
+    with FakeTensorMode():
+        model = tiny()
+    alone = memory_by_strategy(model, arguments(), 32, "cuda", 1)["one device"]
+    shared = memory_by_strategy(model, arguments(), 32, "cuda", 4)
+    assert shared["DDP"]["total"] == alone["total"]
+    for name, part in (("ZeRO-1", "optimizer"), ("ZeRO-2", "gradients"), ("FSDP2, ZeRO-3", "gradients")):
+        assert shared[name][part] == alone[part] / 4
+    layer = 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert shared["FSDP2, ZeRO-3"]["weights"] == alone["weights"] / 4 + 2 * layer
+    norms = 4 * parameters_by_part(model)["norms"]
+    assert shared["TP"]["weights"] == (alone["weights"] - norms) / 4 + norms
+    assert "TP" not in memory_by_strategy(model, arguments(), 32, "cuda", 3)  # four heads cannot be divided by three
+
+
+def test_largest_model_is_the_one_that_takes_all_of_the_memory():
+    with FakeTensorMode():
+        model = tiny()
+        grown = tiny(hidden_size=256, num_hidden_layers=8, num_attention_heads=16)
+    parts, whole = (memory_by_strategy(one, arguments(), 32, "cpu", 1)["one device"] for one in (model, grown))
+    assert largest_model(model, parts, whole["total"]) == pytest.approx(grown.num_parameters(), rel=0.05)
+
+
+@pytest.fixture
+def recipe(tmp_path, moby_dick):
+    """`recipe(key=value, ...)` writes a small recipe with these keys changed and returns its path."""
+    (tmp_path / "book.txt").write_text(moby_dick[:60_000], encoding="utf-8")
+    keys = {
+        "output_dir": str(tmp_path / "run"),
+        "train_file": str(tmp_path / "book.txt"),
+        "block_size": 64,
+        "vocab_size": 400,
+        "config_overrides": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "muon_learning_rate": 0.02,
+        "learning_rate": 0.003,
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 6,
+        "sample_prompts": ["Call me"],
+        "sample_tokens": 8,
+        "report_to": "none",
+    }
+
+    def write(**changes) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**keys, **changes}))
+        return str(path)
+
+    return write
+
+
+def planned(capsys, *words: str) -> dict:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_for_other_hardware_follows_from_its_stated_peak(recipe, capsys):
+    path = recipe()
+    costs = planned(capsys, path, "--hardware", "H100", "--gpus", "4", "--price", "2.5", "--max_steps", "1000000")
+    assert costs["tokens"] == 1_000_000 * 4 * 64
+    seconds = costs["tokens"] * costs["flops_per_token"]["total"] / (4 * 0.35 * 989e12)
+    assert costs["hours"] * 3600 == pytest.approx(seconds)
+    assert costs["money"] == pytest.approx(2.5 * 4 * costs["hours"])
+    assert costs["kilowatt_hours"] == pytest.approx(0.7 * 4 * costs["hours"])
+    assert costs["optimal_tokens"] == 20 * costs["parameters"]["total"]
+    assert main(["plan", path, "--hardware", "4090"]) == 0
+    text = capsys.readouterr().out
+    assert "35% of the peak" in text and "450 W" in text and "money" not in text
+
+
+def test_plan_of_epochs_counts_the_data(recipe, tmp_path, capsys):
+    path = recipe(max_steps=-1, num_train_epochs=1, eval_strategy="no", save_strategy="no")
+    costs = planned(capsys, path, "--hardware", "A100")
+    assert main(["train", path, "--forecast", "false"]) == 0
+    assert costs["steps"] == pytest.approx(
+        json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"], rel=0.1
+    )
+
+
+def test_plan_on_this_machine_times_real_steps_and_leaves_nothing(recipe, tmp_path, capsys):
+    costs = planned(capsys, recipe(), "--max_steps", "30")
+    assert costs["steps"] == 30 and costs["forecast"]["costs"]["step"] > 0
+    assert costs["tokens_per_second"] == costs["forecast"]["tokens_per_second"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--hardware", "B52"], ["--gpus", "0"], ["--gpus", "2"], ["--hardware", "H100", "--train_file", "no.txt"]],
+)
+def test_plan_refuses_what_it_does_not_know(recipe, capsys, words):
+    assert main(["plan", recipe(), *words]) == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+def test_forecast_changes_no_bit_of_a_run_and_is_compared_with_it(recipe, tmp_path, capsys):
+    dropout = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "residual_dropout": 0.1}
+    for name in ("true", "false"):
+        path = recipe(forecast=name == "true", output_dir=str(tmp_path / name), config_overrides=dropout, bf16=True)
+        assert main(["train", path]) == 0
+    with_it, without = (load_file(tmp_path / name / "model.safetensors") for name in ("true", "false"))
+    assert all(torch.equal(with_it[key], without[key]) for key in without)
+    errors = capsys.readouterr().err
+    assert errors.count("Predicted: ") == errors.count("Actual: ") == 1
+    metrics = json.loads((tmp_path / "true" / "metrics.json").read_text())
+    assert metrics["predicted"]["train_seconds"] > 0 and metrics["predicted"]["costs"]["steps"] == 12
+    assert metrics["peak_memory_bytes"] >= metrics["predicted"]["peak_memory_bytes"] / 1.3
