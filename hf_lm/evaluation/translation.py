@@ -20,7 +20,9 @@ logger = logging.get_logger(__name__)
 
 BEAMS = 4
 PAIR = re.compile(r"(\w+)-(\w+)")
-SPECIAL = {"add_special_tokens": False, "split_special_tokens": True}  # a text that spells a tag is text
+PLAIN = {"add_special_tokens": False, "split_special_tokens": True}  # a text that spells a tag is text
+# use_cache: training turns it off; the rest: whatever the model's own defaults are
+BEAM_SEARCH = {"use_cache": True, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def tag(pair: str) -> str:
@@ -68,12 +70,12 @@ def choose_pair(pairs: list[str], source: str | None, target: str | None) -> str
 def encode_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], pair: str) -> list[list[int]]:
     """The prompts of some texts: what the tokenizer puts before a text, the text, the tag."""
     prefix, end = segment_prefix(tokenizer), tokenizer.convert_tokens_to_ids(tag(pair))
-    return [[*prefix, *ids, end] for ids in tokenizer(texts, **SPECIAL)["input_ids"]]
+    return [[*prefix, *ids, end] for ids in tokenizer(texts, **PLAIN)["input_ids"]]
 
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """What is to come after the prompts: the translation and eos."""
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, **SPECIAL)["input_ids"]]
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, **PLAIN)["input_ids"]]
 
 
 @torch.inference_mode()
@@ -102,16 +104,11 @@ def translate(
         logger.warning(f"{len(too_long)} of {len(texts)} texts are too long for the model and cut at their end.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     translations = [""] * len(texts)
-
-    def rounded(number: int) -> int:
-        return min(-(-len(prompts[number]) // 16) * 16, limit - 16)
-
-    groups = [
-        list(group) for _, group in groupby(sorted(prompts, key=lambda number: len(prompts[number])), key=rounded)
-    ]
+    sizes = {number: min(-(-len(ids) // 16) * 16, limit - 16) for number, ids in prompts.items()}
+    groups = [list(group) for _, group in groupby(sorted(prompts, key=sizes.get), key=sizes.get)]
     batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
     for batch in batches:
-        longest, size = len(prompts[batch[-1]]), rounded(batch[-1])
+        size, longest = sizes[batch[0]], max(len(prompts[number]) for number in batch)
         gaps = [longest - len(prompts[number]) for number in batch]
         rows = [[pad] * gap + prompts[number] for gap, number in zip(gaps, batch, strict=True)]
         output = model.generate(
@@ -119,12 +116,8 @@ def translate(
             attention_mask=torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device),
             max_new_tokens=min(2 * size + 16, limit - size),
             num_beams=num_beams,
-            use_cache=True,
             pad_token_id=pad,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **BEAM_SEARCH,
         )
         for number, ids in zip(batch, output, strict=True):
             translations[number] = tokenizer.decode(ids[longest:], skip_special_tokens=True)
