@@ -2,6 +2,7 @@
 
 import codecs
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils.extract import Extractor
 from transformers.utils import logging
 
 from ..errors import InputError, explained, one_line
@@ -50,21 +52,26 @@ def expand(key: str, patterns: list[str]) -> list[str]:
             raise InputError(f"{key}: {path} is empty.")
         if Path(path).suffix.lower() not in FORMATS:
             raise InputError(f"{key}: {path} must end in one of {', '.join(FORMATS)}.")
+        with explained(f"{key}: {path} is packed, and cut short"):
+            archive = Extractor.infer_extractor_format(path)
+        if archive:
+            raise InputError(f"{key}: {path} is packed ({archive}); unpack it first.")
     return paths
 
 
 def read_text(path: str) -> str:
     """
-    A text file, byte for byte (no newline is translated).
+    A text file as it is (no newline is translated).
 
     Raises:
         InputError: it is not UTF-8; says where.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}."
+            f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}, in line {line}."
         ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
@@ -81,8 +88,9 @@ def check_json(path: str) -> None:
         InputError: there is one; says where.
     """
     depth = 0
-    with open(path, "rb") as file:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
         is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        text = file.seek(0) or file.read() if is_list else b""
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip() == b"null" and not is_list:
@@ -96,9 +104,10 @@ def check_json(path: str) -> None:
                     raise InputError(f"{path}: line {number}: more than {DEPTH} lists and objects inside each other.")
     if is_list:
         with explained(f"{path}: not a valid JSON file"):
-            rows = json.loads(read_text(path))
-        if None in rows:
-            raise InputError(f"{path}: row {rows.index(None) + 1} is null; each row must be an object {{...}}.")
+            rows = json.loads(text)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict | str):
+                raise InputError(f"{path}: row {number} is {row!r:.40}; each row must be an object {{...}}.")
 
 
 def broken_row(path: str) -> str | None:
@@ -148,7 +157,9 @@ def with_text(rows, name: str | None, where: str, beside: Sequence[str] = ()):
     if name not in columns:
         raise InputError(f"text_column_name: {where} has no column {name}; it has {', '.join(columns)}.")
     if rows.features is not None and not _is_string(rows.features[name]):
-        raise InputError(f"text_column_name: column {name} of {where} does not hold text.")
+        values = enumerate((row[name] for row in rows.select_columns(name)), 1)
+        found = next((f"; row {number} is {value!r:.60}" for number, value in values if not isinstance(value, str | None)), "")  # fmt: skip
+        raise InputError(f"text_column_name: column {name} of {where} does not hold text{found}.")
     rows = rows.select_columns([name, *beside])
     rows = rows if name == "text" else rows.rename_column(name, "text")
     if isinstance(rows, IterableDataset):
@@ -179,7 +190,9 @@ def _load_files(key: str, arguments: DataArguments, keep):
     kind = formats.pop()
     for path in paths if kind == "json" else ():
         check_json(path)
-    options = {"keep_default_na": False} if kind == "csv" else {}  # NA and null are words too
+    options = {}
+    if kind == "csv":  # NA, null and 123 are text too
+        options = {"keep_default_na": False, "converters": {arguments.text_column_name or "text": str}}
     where = ", ".join(paths)
     try:
         with _library_is_silent():
@@ -200,7 +213,9 @@ def _load_files(key: str, arguments: DataArguments, keep):
         if "corresponds to no data" in str(error):
             reason = "it holds no rows"
         elif isinstance(error.__cause__ or error, OverflowError):
-            reason = "a cell holds a number that does not fit 64 bits"
+            lines = enumerate((line for path in paths for line in read_text(path).split("\n")), 1)
+            found = next((number for number, line in lines if re.search(r"\d{19}", line)), 1)
+            reason = f"line {found}: a number does not fit 64 bits"
         elif kind == "parquet":
             reason = f"cut short, damaged or not of this format ({reason})"
         raise InputError(f"{key}: {where} cannot be read: {reason}") from error
@@ -220,7 +235,8 @@ def _library_is_silent() -> Iterator[None]:
 def _load_dataset(arguments: DataArguments, keep) -> dict:
     name = arguments.dataset_name
     for path in sorted(Path(name).rglob("*.json*")) if os.path.isdir(name) else ():
-        check_json(str(path))
+        if re.search(r"\.jsonl?(\.gz)?$", path.name):
+            check_json(str(path))
     try:
         splits = load_dataset(name, arguments.dataset_config_name, streaming=arguments.streaming)
     except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
