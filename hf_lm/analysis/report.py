@@ -54,7 +54,7 @@ def measure_quality(trainer, continue_prompts) -> dict:
         continue_prompts: `continue_prompts(trainer, count)` gives `text`s, `count` for each prompt.
     """
     model, quality = trainer.model.eval(), {}
-    if not trainer.is_world_process_zero() or not model.can_generate():
+    if not (trainer.is_world_process_zero() or trainer.is_sharded) or not model.can_generate():
         return quality
     if trainer.eval_dataset is not None and trainer.args.world_size == 1:
         quality = token_calibration(model, islice(trainer.get_eval_dataloader(), CALIBRATED))

@@ -87,9 +87,7 @@ class SampleCallback(TrainerCallback):
         for board in self._boards() if args.log_histograms else ():
             for name, parameter in model.named_parameters():
                 board.add_histogram(name, parameter, state.global_step)
-        # A forward of a sharded model takes all processes.
-        sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
-        if not args.sample_prompts or not (sharded or state.is_world_process_zero):
+        if not args.sample_prompts or not (state.is_world_process_zero or self.trainer.is_sharded):
             return
         samples = continue_prompts(self.trainer)
         if not state.is_world_process_zero:

@@ -77,6 +77,11 @@ class HfLmTrainer(Trainer):
         self._losses: list[torch.Tensor] = []  # of the batches of the update under way
         self._saving_aside = False
 
+    @property
+    def is_sharded(self) -> bool:
+        """Each process holds a part of the model: a forward takes all of them."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoint_to_resume(self.args))

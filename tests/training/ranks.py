@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -20,7 +21,7 @@ def _rank(function: Callable, connection, environment: dict[str, str], arguments
         result = function(*arguments), None
     except BaseException:
         result = None, traceback.format_exc()
-    connection.send(result)
+    connection.send_bytes(pickle.dumps(result))  # `send` would leave tensors in this process
     connection.close()
 
 
@@ -48,7 +49,7 @@ def launch(count: int, function: Callable, *arguments, seconds: float = 240) -> 
         results = []
         for rank, (_, connection) in enumerate(processes):
             assert connection.poll(seconds), f"rank {rank} has not answered after {seconds} s"
-            result, error = connection.recv()
+            result, error = pickle.loads(connection.recv_bytes())
             assert error is None, f"rank {rank}: {error}"
             results.append(result)
         return results

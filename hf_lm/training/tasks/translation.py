@@ -108,8 +108,9 @@ class Translation(Task):
         scores, copied = {}, {"name": "copying the source"}
         for pair in self.pairs:
             sources, references = self._parallel(self.rows[split], pair, split)
-            mine = sources[arguments.process_index :: arguments.world_size]
-            parts = gather_object([translate(model, trainer.processing_class, mine, pair)])
+            shares = 1 if trainer.is_sharded else arguments.world_size
+            mine = sources[arguments.process_index % shares :: shares]
+            parts = gather_object([translate(model, trainer.processing_class, mine, pair)])[:shares]
             found = [parts[number % len(parts)][number // len(parts)] for number in range(len(sources))]
             for group, texts in ((scores, found), (copied, sources)):
                 results = score_translations(texts, references, languages(pair)[1])
