@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability that is sampled from (0.95)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text (drawn)")
+    parser.add_argument("--int8", action="store_true", help="8-bit weights, on a CPU: less exact, faster")
+    parser.add_argument("--prompt-lookup", type=int, metavar="N", help="guess N tokens at a time from the prompt")
     parser.add_argument("--json", action="store_true", help="print prompt, text and number of tokens as JSON")
 
 
@@ -25,6 +27,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--top-p: must be more than 0 and at most 1, got {arguments.top_p}.")
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: must be at least 1, got {arguments.max_new_tokens}.")
+    if arguments.prompt_lookup is not None and arguments.prompt_lookup < 1:
+        raise InputError(f"--prompt-lookup: must be at least 1, got {arguments.prompt_lookup}.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from ..evaluation.text import context_prefix
+    from ..inference import can_optimize, optimize_for_inference
 
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     ids = tokenizer(arguments.prompt)["input_ids"] or context_prefix(tokenizer)
@@ -50,11 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     room = arguments.max_new_tokens if limit is None else min(arguments.max_new_tokens, limit - len(ids))
     if room < arguments.max_new_tokens:
         print(f"The model takes {limit} tokens: {room} new ones at most.", file=sys.stderr)
+    if arguments.int8 or (model.dtype == torch.bfloat16 and can_optimize(model)):
+        optimize_for_inference(model, arguments.int8)
     input_ids = torch.tensor([ids], device=model.device)
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=room,
+        prompt_lookup_num_tokens=arguments.prompt_lookup,
         streamer=None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )

@@ -55,6 +55,15 @@ def test_generate_without_temperature_is_greedy_and_starts_from_nothing(folder, 
     assert first == second and first["prompt"] == ""
 
 
+@pytest.mark.parametrize("options", [["--prompt-lookup", "4"], ["--dtype", "bfloat16"], ["--int8"]])
+def test_faster_ways_to_generate(folder, capsys, options):
+    words = ["generate", folder, "--temperature", "0", "--prompt", "Call me, call me", "--max-new-tokens", "8"]
+    plain, fast = output_of(capsys, *words), output_of(capsys, *words, *options)
+    assert fast.startswith("Call me, call me") and fast == output_of(capsys, *words, *options)
+    if options[0] == "--prompt-lookup":  # the others round
+        assert fast == plain
+
+
 def test_a_drawn_seed_is_told_and_can_be_given_again(folder, capsys):
     words = ["generate", folder, "--max-new-tokens", "12", "--json"]
     first, second = (json.loads(output_of(capsys, *words)) for _ in range(2))
@@ -135,6 +144,7 @@ def test_score_prints_sentences_and_tokens(folder, capsys):
     [
         (["generate", "{}", "--temperature", "-1"], "--temperature.*-1"),
         (["generate", "{}", "--top-p", "2"], "--top-p.*2"),
+        (["generate", "{}", "--prompt-lookup", "0"], "--prompt-lookup.*0"),
         (["generate", "{}", "--max-new-tokens", "0"], "--max-new-tokens.*0"),
         (["generate", "{}", "--prompt", "word " * 100], "--prompt.*64"),
         (["generate", "./nowhere"], r"\./nowhere: no such model folder"),
