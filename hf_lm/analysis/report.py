@@ -74,8 +74,8 @@ def _charts(log: list[dict]) -> list[dict]:
     for title, lines in CHARTS.items():
         series = []
         for label, key in lines.items():
-            points = [[row["step"], row[key]] for row in log if isinstance(row.get(key), int | float)]
-            points = [point for point in points if math.isfinite(point[1])]
+            values = {row["step"]: row[key] for row in log if isinstance(row.get(key), int | float)}
+            points = [[step, value] for step, value in values.items() if math.isfinite(value)]
             if points:
                 thinned = points[:: math.ceil(len(points) / POINTS)]
                 series.append({"label": label, "points": thinned + points[-1:] * (thinned[-1] != points[-1])})
