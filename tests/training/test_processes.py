@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import command, launch
 from safetensors.torch import load_file
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -41,8 +42,8 @@ def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick, la
     single = [sys.executable, "-m", "hf_lm", "train", path, "--output_dir", str(tmp_path / "one")]
     double = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "hf_lm", "train", path]
     double += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
-    for command in (single, double):
-        result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    for words in (single, double):
+        result = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
         assert result.returncode == 0, result.stderr[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 12
@@ -54,6 +55,95 @@ def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick, la
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-3)
+
+
+EVALUATED = 13  # rows: neither 2 processes nor any of the batch sizes divide them
+
+
+def evaluations(folder: str) -> list[dict]:
+    """Held-out numbers of the model in `folder`, on rows of 2 to 62 tokens, at several batch sizes."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from hf_lm.data.collator import PackedCollator
+    from hf_lm.training.arguments import HfLmTrainingArguments
+    from hf_lm.training.trainer import HfLmTrainer
+
+    rows = []
+    for number in range(EVALUATED):
+        ids = [3 + (number * 7 + place * place) % 90 for place in range(2 + 5 * number)]
+        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]], "position_ids": list(range(len(ids)))})
+    numbers = []
+    for size in (1, 3, 8):
+        arguments = HfLmTrainingArguments(
+            output_dir=folder, per_device_eval_batch_size=size, report_to="none", bf16=False
+        )
+        trainer = HfLmTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder),
+            args=arguments,
+            eval_dataset=Dataset.from_list(rows),
+            eval_bytes=[3 * len(row["input_ids"]) for row in rows],
+            data_collator=PackedCollator(0),
+        )
+        found = trainer.evaluate()
+        numbers.append(
+            {key: value for key, value in found.items() if key.split("_")[-1] not in ("runtime", "time", "second")}
+        )
+    return numbers
+
+
+@pytest.mark.slow
+def test_held_out_numbers_do_not_depend_on_processes_and_batches(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    expected, *others = evaluations(str(tmp_path))
+    assert expected["eval_tokens"] == sum(1 + 5 * number for number in range(EVALUATED))
+    for found in [*others, *(numbers for rank in launch(2, evaluations, str(tmp_path)) for numbers in rank)]:
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def run_of_one_rank(recipe: str, folder: str) -> set[str]:
+    """A run whose processes have an output folder each; what the process opened to write, below `folder`."""
+    opened = set()
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            path = Path(arguments[0]).absolute()
+            if path.is_relative_to(folder):
+                opened.add(str(path.relative_to(folder)))
+
+    sys.addaudithook(note)
+    code, said = command("train", recipe, "--output_dir", str(Path(folder, "rank" + os.environ["RANK"])))
+    assert code == 0, said
+    return opened
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_writes(recipe, tmp_path):
+    first, second = launch(2, run_of_one_rank, recipe(save_steps=6), str(tmp_path))
+    assert {Path(name).name for name in first} >= {"metrics.json", "trainer_state.json", "samples.jsonl"}
+    # its random numbers are all that a checkpoint needs of it
+    states = {f"rank1/.saving/checkpoint-{step}/rng_state_1.pth" for step in (6, 12)}
+    assert second <= states
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("rank1/**/*") if path.is_file()} == states
+    assert (tmp_path / "rank0" / "model.safetensors").exists() and (tmp_path / "rank0" / "loss_curve.png").exists()
+    names = [path.name for path in tmp_path.glob("rank0/*")]
+    assert len(names) == len(set(names))
+    assert len((tmp_path / "rank0" / "samples.jsonl").read_text().splitlines()) == 3  # two evaluations, one at the end
+
+
+@pytest.mark.slow
+def test_a_stream_trains_two_processes_as_one(recipe, tmp_path, moby_dick):
+    rows = [moby_dick[start : start + 40 + start % 300] for start in range(0, 50_000, 400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")
+    changes = {"train_file": str(tmp_path / "rows.jsonl"), "streaming": True, "validation_split_percentage": 0}
+    changes |= {"muon_learning_rate": None, "logging_steps": 1, "save_strategy": "no", "max_steps": 40}  # two passes
+    path = recipe(**changes, eval_strategy="no", report_to="none", output_dir=str(tmp_path / "one"))
+    assert command("train", path)[0] == 0
+    path = recipe(**changes, eval_strategy="no", report_to="none", per_device_train_batch_size=2)
+    assert {code for code, _ in launch(2, command, "train", path)} == {0}
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert len(one) == len(two) == 40
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
