@@ -1,12 +1,14 @@
 """What a run will take on this machine, time and memory, from a few of its own steps before the first one counts."""
 
 import copy
+import math
 import random
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
 SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
 SAVE_SECONDS, SAVED_BYTES_PER_SECOND = 0.15, 2.5e8  # of a checkpoint with its hashes
-FINISH_SECONDS = 1.5  # the quality of samples
 HEAP_GROWTH = 1.3  # of what training takes, in the course of a run: free memory falls to pieces
 
 
@@ -87,25 +88,31 @@ def _step_costs(twin, watch: _Stopwatch) -> dict:
     twin.train()
     state = [value for values in twin.optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     stored = sum(tensor.nbytes for tensor in [*state, *twin.model.parameters()])
-    return {
+    costs = {
         "steps": twin.state.max_steps,
         "tokens": twin.train_tokens / twin.state.global_step,
         "step": _mean(watch.times, WARM_UP),
         "save": SAVE_SECONDS + stored / SAVED_BYTES_PER_SECOND,
     }
+    if twin.args.train_sampling_strategy == "group_by_length":  # which starts with the longest
+        rows = twin.train_dataset.select(range(0, len(twin.train_dataset), max(1, len(twin.train_dataset) // 1000)))
+        size = twin.args.train_batch_size * twin.args.gradient_accumulation_steps
+        usual = size * sum(map(len, rows["input_ids"])) / len(rows)
+        costs |= {"tokens": usual, "step": costs["step"] * usual / costs["tokens"]}
+    return costs
 
 
-def _evaluation_seconds(twin, seconds: float) -> float:
+def _evaluation_seconds(twin, batches: int) -> float:
+    """Of all rows held out, from so many batches of rows that are taken at even distances: they may be sorted."""
     if twin.eval_dataset is None:
         return 0.0
-    batches, times = twin.get_eval_dataloader(), [_now(twin.args.device)]
+    rows, size = twin.eval_dataset, batches * twin.args.eval_batch_size
+    some, times = rows.select(range(0, len(rows), max(1, len(rows) // size))), [_now(twin.args.device)]
     twin.model.eval()
-    for batch in batches:
+    for batch in islice(twin.get_eval_dataloader(some), batches):
         twin.prediction_step(twin.model, batch, prediction_loss_only=False)
         times.append(_now(twin.args.device))
-        if times[-1] - times[0] > seconds:
-            break
-    return _mean(times, 1) * len(batches)
+    return _mean(times, 0) * math.ceil(len(rows) / twin.args.eval_batch_size)
 
 
 @torch.no_grad()
@@ -133,7 +140,8 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
         seconds: how long to measure at most; a step is always finished.
 
     Returns:
-        `train_seconds` (with evaluations, samples and checkpoints on the way), `total_seconds`, `peak_memory_bytes`,
+        `train_seconds` (with evaluations, samples and checkpoints on the way) and `trained_seconds` (with what came
+        before, too), until the end of training, before the model is tested; `peak_memory_bytes` until then;
         `tokens_per_second` of the steps alone; and `costs`, the seconds of one `step`, `evaluation`, round of `samples`
         and `save`, with the run's `steps` and the `tokens` of one.
     """
@@ -141,11 +149,8 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
     with _nothing_changes(trainer):
         twin = _twin(trainer, watch)
         costs = _step_costs(twin, watch)
-        for share in (
-            0.0,
-            0.2,
-        ):  # by turns with training, as in the run: what the one frees the other cannot always use
-            costs["evaluation"] = _evaluation_seconds(twin, share * seconds)
+        for batches in (1, 2):  # by turns with training, as in the run: what one frees the other cannot always use
+            costs["evaluation"] = _evaluation_seconds(twin, batches)
             watch.times, watch.seconds = [], 0.0
             twin.train()
         looks = arguments.sample_prompts and twin.eval_dataset is not None
@@ -164,7 +169,7 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
     )
     result = {
         "train_seconds": train_seconds,
-        "total_seconds": elapsed + time.perf_counter() - start + train_seconds + looking + FINISH_SECONDS,
+        "trained_seconds": elapsed + time.perf_counter() - start + train_seconds,
         "peak_memory_bytes": peak,
         "tokens_per_second": costs["tokens"] / costs["step"],
         "costs": costs,
@@ -177,9 +182,9 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
 
 
 def in_words(costs: dict, predicted: dict | None = None) -> str:
-    """Time and memory of a run; with what was predicted, how far that was off."""
+    """Time until a model is trained, and memory; with what was predicted, how far that was off."""
     values = []
-    for key, unit, name in (("total_seconds", 1, "s"), ("peak_memory_bytes", 1e9, "GB")):
+    for key, unit, name in (("trained_seconds", 1, "s"), ("peak_memory_bytes", 1e9, "GB")):
         off = f" ({100 * (costs[key] / predicted[key] - 1):+.0f}%)" if predicted else ""
         values.append(f"{costs[key] / unit:,.{0 if unit == 1 else 2}f} {name}{off}")
     return ", ".join(values)

@@ -294,7 +294,7 @@ def plan(
     flops = flops_by_part(model, length, step_tokens if arguments.muon_learning_rate is not None else None)
     per_token = sum(flops.values())
     speed = measured["tokens_per_second"] if measured else peak * utilization * gpus / per_token
-    hours = (measured["total_seconds"] if measured else tokens / speed) / 3600
+    hours = (measured["trained_seconds"] if measured else tokens / speed) / 3600
     strategies = memory_by_strategy(model, arguments, length, device, gpus)
     for sizes in strategies.values():
         sizes["largest_model"] = largest_model(model, sizes, memory)

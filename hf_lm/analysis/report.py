@@ -21,11 +21,12 @@ CHARTS = {  # title: {label: key of the log}
     "Tokens per second": {"": "tokens_per_second"},
 }
 TIMING = ("runtime", "samples_per_second", "steps_per_second")  # of an evaluation
-COSTS = {  # as a run measures them, and as it was predicted: name, divisor, unit
+COSTS = {  # name, divisor, unit
+    "trained_seconds": ("until the model was trained", 1, "s"),
+    "train_seconds": ("of that, training with evaluations and checkpoints", 1, "s"),
+    "peak_memory_bytes": ("peak memory of the process until then", 1e9, "GB"),
     "total_seconds": ("the whole run", 1, "s"),
-    "train_seconds": ("training, with evaluations and checkpoints", 1, "s"),
-    "train_tokens_per_second": ("tokens per second, all of that included", 1, ""),
-    "peak_memory_bytes": ("peak memory of the process", 1e9, "GB"),
+    "train_tokens_per_second": ("tokens per second of training", 1, ""),
     "peak_device_memory_bytes": ("peak memory of the device", 1e9, "GB"),
 }
 QUALITY = {
@@ -85,15 +86,15 @@ def _charts(log: list[dict]) -> list[dict]:
 
 
 def _costs(metrics: dict) -> list[list]:
-    predicted, rows = metrics.get("predicted") or {}, []
+    predicted, actual, rows = metrics.get("predicted") or {}, {**metrics, **metrics.get("actual", {})}, []
     for key, (name, divisor, unit) in COSTS.items():
-        if key in metrics:
+        if key in actual:
             digits = {"s": 1, "GB": 2}.get(unit, 0)
             cells = [
                 f"{values[key] / divisor:,.{digits}f} {unit}".strip() if key in values else None
-                for values in (predicted, metrics)
+                for values in (predicted, actual)
             ]
-            off = f"{100 * (metrics[key] / predicted[key] - 1):+.0f} %" if predicted.get(key) else None
+            off = f"{100 * (actual[key] / predicted[key] - 1):+.0f} %" if predicted.get(key) else None
             rows.append([name, *cells, off])
     facts = compute_facts(metrics, metrics.get("parameters"))
     if "flops" in facts:

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
-from ..analysis.forecast import forecast, in_words
+from ..analysis.forecast import forecast, in_words, peak_memory
 from ..analysis.report import measure_quality
 from ..data.arguments import DataArguments
 from ..data.examples import show_example
@@ -119,6 +119,10 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
     else:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+        except UnpicklingError as error:
+            raise InputError(
+                f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state.pth holds more than numbers."
+            ) from error
         finally:
             progress.close()
             interrupt.restore()
@@ -157,7 +161,7 @@ def train(
     predicted = None
     if training_arguments.forecast and training_arguments.world_size == 1 and checkpoint is None:
         predicted = forecast(trainer, time.perf_counter() - start)
-        print(f"Predicted: {in_words(predicted)}", file=sys.stderr)
+        print(f"Predicted: {in_words(predicted)} until it is trained", file=sys.stderr)
     if trainer.is_world_process_zero():  # from here on nothing in the recipe can be wrong
         show_examples(trainer, data_arguments.show_examples)
         if training_arguments.overwrite and folder.exists():
@@ -165,13 +169,18 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(folder, recipe)
     fit(trainer, checkpoint)
+    actual = {
+        "train_seconds": trainer.train_seconds,
+        "trained_seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory(),
+    }
+    if predicted:
+        print(f"Actual: {in_words(actual, predicted)}", file=sys.stderr)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {"task": data_arguments.task, **task.scores(trainer), "train_loss": losses[-1] if losses else None}
+    metrics |= {"predicted": predicted, "actual": actual}
     metrics["quality"] = measure_quality(trainer, continue_prompts)
     metrics |= describe(trainer, model_arguments, data_arguments, time.perf_counter() - start)
     metrics["summary"] = task.summary(metrics)
-    if predicted:
-        metrics["predicted"] = predicted
-        print(f"Actual: {in_words(metrics, predicted)}", file=sys.stderr)
     save_run(trainer, metrics)
     return metrics

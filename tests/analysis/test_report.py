@@ -93,8 +93,9 @@ def test_report_holds_what_the_run_measured(run):
     assert all(rate > 0 for _, rate in curves["Tokens per second"][0]["points"])
     assert {"Learning rate", "Gradient norm"} <= set(curves)
     assert [(sample["step"], sample["prompt"]) for sample in data["samples"]] == [(6, ""), (6, PROMPT), (12, ""), (12, PROMPT)]  # fmt: skip
-    whole = table(data, "Cost")["the whole run"]
-    assert whole[1] == f"{metrics['total_seconds']:,.1f} s" and whole[0].endswith(" s") and whole[2].endswith(" %")
+    trained = table(data, "Cost")["until the model was trained"]
+    assert trained[1] == f"{metrics['actual']['trained_seconds']:,.1f} s"
+    assert trained[0] == f"{metrics['predicted']['trained_seconds']:,.1f} s" and trained[2].endswith(" %")
     assert table(data, "Results")["bits per byte"][0] == f"{metrics['bits_per_byte']:.4g}"
     assert list(table(data, "Evaluations on the way")) == ["6", "12"]
     assert table(data, "Data")["sha256"] == [metrics["data"]["sha256"]]
@@ -124,7 +125,7 @@ def test_report_of_a_run_without_evaluation_and_samples(tmp_path, moby_dick):
     data = data_of(tmp_path / "run" / "report.html")
     assert data["samples"] == [] and [len(chart["series"]) for chart in data["charts"]] == [1] * 4
     assert not {"Evaluations on the way", "Results", "Quality"} & {table["title"] for table in data["tables"]}
-    assert table(data, "Cost")["the whole run"][0] is None
+    assert table(data, "Cost")["until the model was trained"][0] is None
 
 
 def test_report_leaves_out_what_is_no_number(tmp_path):
