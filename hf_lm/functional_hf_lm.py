@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_tracing
 
 # Logits held at once. On a CPU a slice should stay in the cache; an accelerator wants large products.
 SLICE_ELEMENTS = {"cpu": 2**19, "default": 2**26}
+SLICE_ROWS = 256  # at least: each slice adds to the gradient of the whole matrix
 
 
 def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None = None) -> None:
@@ -282,7 +283,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         elements = SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["default"])
-        step = max(1, elements // weight.shape[0])
+        step = max(SLICE_ROWS, elements // weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], step):
                 rows, targets = rows_16[start : start + step], labels[start : start + step, None]
@@ -352,8 +353,13 @@ def linear_cross_entropy(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
+    hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+    # Where little is learned (an answer, a label) little is computed; not on an accelerator, which this would stall.
+    learned = shift_labels != ignore_index
+    if learned.device.type == "cpu" and 2 * learned.sum() < len(learned):
+        hidden_states, shift_labels = hidden_states[learned], shift_labels[learned]
     total = _LinearCrossEntropy.apply(
-        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        hidden_states,
         lm_head.weight,
         lm_head.bias,
         shift_labels,
