@@ -23,11 +23,12 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from ..evaluation.conversation import context_limit, prompt_ids
+    from ..evaluation.conversation import check_template, context_limit, prompt_ids
 
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if not tokenizer.chat_template:
         raise InputError(f"{arguments.model}: its tokenizer has no chat template; use hf-lm generate.")
+    check_template(tokenizer)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

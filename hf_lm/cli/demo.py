@@ -26,7 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
     auto_class = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     model, tokenizer = load_model(arguments.model, auto_class, dtype=arguments.dtype), load_tokenizer(arguments.model)
     from ..analysis.demo import build_demo
+    from ..evaluation.conversation import check_template
 
+    check_template(tokenizer)
     page = build_demo(arguments.model, model, tokenizer)
     options = {"share": False, "ssr_mode": False, "show_error": True, "footer_links": []}
     page.launch(server_name="127.0.0.1", server_port=arguments.port, **options)

@@ -17,11 +17,8 @@ def run(arguments: argparse.Namespace) -> int:
     import hf_lm
 
     hf_lm.register_auto_classes()
-    from transformers.utils.logging import disable_progress_bar
-
     from ..hub.doctor import examine
 
-    disable_progress_bar()
     findings = examine(arguments.model, arguments.trust_remote_code)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))

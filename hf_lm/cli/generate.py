@@ -27,7 +27,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--top-p: must be more than 0 and at most 1, got {arguments.top_p}.")
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: must be at least 1, got {arguments.max_new_tokens}.")
-    if arguments.prompt_lookup is not None and arguments.prompt_lookup < 1:
+    if getattr(arguments, "prompt_lookup", None) is not None and arguments.prompt_lookup < 1:  # hf-lm chat has none
         raise InputError(f"--prompt-lookup: must be at least 1, got {arguments.prompt_lookup}.")
 
 

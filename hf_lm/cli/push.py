@@ -18,11 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
     import hf_lm
 
     hf_lm.register_auto_classes()
-    from transformers.utils.logging import disable_progress_bar
-
     from ..hub.push import plan_push, push
 
-    disable_progress_bar()
     plan = plan_push(arguments.model)
     print(plan, file=sys.stderr)
     if arguments.dry_run:

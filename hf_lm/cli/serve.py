@@ -23,7 +23,10 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     import uvicorn
 
+    from ..evaluation.conversation import check_template
     from ..serving import build_app
+
+    check_template(tokenizer)
 
     if arguments.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"Whoever reaches {arguments.host} can use the model: there is no password.", file=sys.stderr)

@@ -1,11 +1,32 @@
 """Answers in a conversation: one, streamed; or many at once, to see how often the model ends by itself."""
 
+import contextlib
 import math
+import threading
 from collections.abc import Iterable
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, explained
+
+
+def check_template(tokenizer, seconds: float = 5.0) -> None:
+    """
+    Raises:
+        InputError: the chat template, which is a program that came with the model, does not end.
+    """
+    messages = [{"role": "user", "content": "Hello."}]
+
+    def render() -> None:
+        with contextlib.suppress(Exception):  # what is wrong with it is said when it is used
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    thread = threading.Thread(target=render, daemon=True)
+    if tokenizer.chat_template:
+        thread.start()
+        thread.join(seconds)
+    if thread.is_alive():
+        raise InputError(f"chat template: has not made a prompt of one message in {seconds:.0f} seconds.")
 
 
 def prompt_ids(tokenizer, messages: list[dict], limit: int | None, room: int) -> list[int]:
@@ -23,7 +44,8 @@ def prompt_ids(tokenizer, messages: list[dict], limit: int | None, room: int) ->
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template: train with task: chat, or use hf-lm generate.")
     while True:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        with explained("chat template"):
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         if limit is None or len(ids) + room <= limit:
             return ids
         start = 1 if messages[0]["role"] == "system" else 0

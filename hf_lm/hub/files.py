@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..errors import InputError
@@ -32,6 +34,20 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError):
         return {}
     return as_table(content)
+
+
+@contextmanager
+def library_is_silent() -> Iterator[None]:
+    """The library warns of what is then refused: one line about a mistake is enough."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def as_table(value) -> dict:

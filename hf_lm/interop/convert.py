@@ -22,11 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, culprit, one_line
-from ..hub.files import check_sizes
+from ..hub.files import check_sizes, library_is_silent
 from ..modeling_hf_lm import HfLmForCausalLM
 from .families import choose_family, read_config
 from .parity import compare, rounded
@@ -120,12 +119,11 @@ def readable(source: str) -> Iterator[None]:
     Raises:
         InputError: instead of any other exception.
     """
-    folder, verbosity = Path(source), logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    folder = Path(source)
     try:
         check_sizes(folder)
-        yield
+        with library_is_silent():
+            yield
     except InputError:
         raise
     except Exception as error:  # whatever a broken file makes the model's code do
@@ -133,8 +131,6 @@ def readable(source: str) -> Iterator[None]:
             folder / "generation_config.json", GenerationConfig.from_dict
         )
         raise InputError(problem or f"{source}: cannot be read as a model: {one_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
-from ..errors import InputError, one_line
+from ..errors import InputError, explained, one_line
 from .hardware import device_type, has_fast_bfloat16
 
 
@@ -54,14 +54,15 @@ class ModelArguments:
             InputError: not `name=value` pairs.
         """
         text = (self.config_overrides or "").strip()
-        if text.startswith("{"):
-            return json.loads(text)
         fields = {}
-        for pair in filter(None, (part.strip() for part in text.split(","))):
-            name, separator, value = pair.partition("=")
-            if not separator:
-                raise InputError(f"config_overrides: {pair!r} is not name=value.")
-            fields[name.strip()] = yaml.safe_load(value)
+        with explained("config_overrides"):
+            if text.startswith("{"):
+                return json.loads(text)
+            for pair in filter(None, (part.strip() for part in text.split(","))):
+                name, separator, value = pair.partition("=")
+                if not separator:
+                    raise InputError(f"config_overrides: {pair!r} is not name=value.")
+                fields[name.strip()] = yaml.safe_load(value)
         return fields
 
 

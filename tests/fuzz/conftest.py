@@ -72,18 +72,30 @@ class Machine:
         )
         assert json.loads(self.process.stdout.readline())["ready"]
 
-    def __call__(self, *argv: str, seconds: float = SECONDS) -> Outcome:
-        """Run `hf-lm argv` in `folder / "work"`; it may write into `folder / "written"`, which is new each time."""
+    def new_work(self) -> Path:
+        """The folder that commands run in, empty."""
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        return work
+
+    def __call__(self, *argv: str, seconds: float = SECONDS, stdin: str = "", written: Path | None = None) -> Outcome:
+        """
+        Run `hf-lm argv` in `folder / "work"`; it may write into `folder / "written"`, which holds a copy of the folder
+        `written` and nothing else.
+        """
         if self.process is None:
             self.start()
         shutil.rmtree(self.folder / "written", ignore_errors=True)
         (self.folder / "written").mkdir()
-        (self.folder / "work").mkdir(exist_ok=True)
+        if written is not None:
+            shutil.copytree(written, self.folder / "written" / written.name)
         request = {
             "argv": argv,
             "cwd": str(self.folder / "work"),
             "writable": [str(self.folder / "written"), str(self.home)],
             "seconds": seconds,
+            "stdin": stdin,
         }
         before = snapshot(self.folder / "work")
         self.process.stdin.write(json.dumps(request) + "\n")

@@ -2,7 +2,7 @@
 A process that has imported everything once and runs each `hf-lm` command in a fork of itself: a crash of the interpreter,
 a hang, a write to a wrong place or the start of a program is seen from outside, and a run costs no imports.
 
-One JSON object a line: `{"argv", "cwd", "writable", "seconds"}` in, an `Outcome`'s fields out. It has one thread, so that
+One JSON object a line: `{"argv", "cwd", "writable", "seconds", "stdin"}` in, an `Outcome`'s fields out. It has one thread, so that
 forking is safe.
 """
 
@@ -68,7 +68,8 @@ def child(request: dict, files: dict[str, str]) -> None:
     """Run the command and leave the process, whatever happens."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(files[name], os.O_WRONLY), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(files["stdin"], os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -92,9 +93,9 @@ def child(request: dict, files: dict[str, str]) -> None:
 
 def outcome(request: dict, aside: str) -> dict:
     """Fork, wait, and say what happened."""
-    files = {name: os.path.join(aside, name) for name in ("stdout", "stderr", "events")}
-    for path in files.values():
-        Path(path).write_bytes(b"")
+    files = {name: os.path.join(aside, name) for name in ("stdin", "stdout", "stderr", "events")}
+    for name, path in files.items():
+        Path(path).write_text(request["stdin"] if name == "stdin" else "")
     start = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -110,7 +111,7 @@ def outcome(request: dict, aside: str) -> dict:
             _, status, usage = os.wait4(pid, 0)
         else:
             time.sleep(0.002)
-    texts = {name: Path(path).read_bytes().decode(errors="replace") for name, path in files.items()}
+    texts = {name: Path(path).read_bytes().decode(errors="replace") for name, path in files.items() if name != "stdin"}
     return {
         "code": os.waitstatus_to_exitcode(status),
         "hung": hung,

@@ -23,6 +23,7 @@ USES = (
     ("evaluate", "model", "--data", "text.txt"), ("import", "model", "../written/imported"), ("doctor", "model"),
     ("export", "model", "../written/native"), ("card", "model", "--output", "../written/README.md"),
     ("push", "model", "owner/name", "--dry-run"), ("inspect", "model", "--text", "the sea", "--html", "../written/page"),
+    ("train", "start.yaml"), ("chat", "model"),
 )  # fmt: skip
 ROWS = [{"text": f"the whale {number}", "n": number, "tags": ["a", None], "more": {"k": [0.5]}} for number in range(4)]
 RECIPE = {
@@ -45,9 +46,15 @@ class Bench:
 
     def __init__(self, machine, good_model: Path, llama: Path, draw, seen: set):
         self.machine, self.models, self.draw, self.seen = machine, (good_model, good_model, llama), draw, seen
-        self.work = machine.folder / "work"
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.work = machine.new_work()
         write(self.work / "text.txt", b"the whale and the sea\n" * 20)
+        start = {
+            "model_name_or_path": "model",
+            "train_file": "text.txt",
+            "max_steps": 1,
+            "output_dir": "../written/run",
+        }
+        write(self.work / "start.yaml", yaml.safe_dump(start | {"block_size": 16, "report_to": "none"}).encode())
 
     def model(self) -> Path:
         """A copy of one of the good models."""
@@ -58,7 +65,7 @@ class Bench:
         contents = b"".join(path.read_bytes() for path in sorted(self.work.rglob("*")) if path.is_file())
         assume((argv, contents) not in self.seen)
         self.seen.add((argv, contents))
-        return self.machine(*argv)
+        return self.machine(*argv, stdin="hello\n")
 
     def use_model(self):
         """Some command that reads the model."""

@@ -11,6 +11,7 @@ from ...data.arguments import DataArguments
 from ...data.collator import PackedCollator
 from ...data.documents import load_rows
 from ...errors import InputError, explained
+from ...interop.convert import load_tokenizer, readable
 from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
@@ -73,10 +74,10 @@ class Task:
             if arguments.extend_vocab_size is not None:
                 raise InputError("extend_vocab_size: needs a model_name_or_path whose tokenizer is extended.")
             return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=arguments.tokenizer_kind)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"tokenizer_name: no tokenizer can be loaded from {name}: {error}") from error
+        with readable(name):
+            tokenizer = load_tokenizer(name)
+        if tokenizer is None:
+            raise InputError(f"tokenizer_name: {name} has no tokenizer.")
         if arguments.extend_vocab_size is not None:
             tokenizer, self.stands_for = extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
         return tokenizer
@@ -108,15 +109,13 @@ class Task:
         attention = arguments.attn_implementation or best_attention(self.training_arguments.device.type, block_size)
         fields = self.config_fields(tokenizer) | arguments.config_fields()
         if (name := arguments.model_name_or_path) is not None:
-            try:
+            with readable(name):
                 config = getattr(self.auto_class, "config_class", AutoConfig).from_pretrained(name)
                 for field, value in fields.items():
                     setattr(config, field, value)
                 model = self.auto_class.from_pretrained(
                     name, config=config, attn_implementation=attention, dtype=torch.float32
                 )
-            except OSError as error:
-                raise InputError(f"model_name_or_path: {name}: {error}") from error
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 if arguments.use_peft:
                     raise InputError(
