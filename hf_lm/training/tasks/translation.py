@@ -97,7 +97,8 @@ class Translation(Task):
         return build_examples(examples, lambda one: [one], data.block_size, data.packing, data.long_examples, split)
 
     def generation_defaults(self) -> dict:
-        return {"do_sample": False, "num_beams": BEAMS, "max_new_tokens": self.data_arguments.block_size // 2}
+        beam_search = {"do_sample": False, "num_beams": BEAMS, "early_stopping": True}
+        return {**beam_search, "max_new_tokens": self.data_arguments.block_size // 2}
 
     def scores(self, trainer: HfLmTrainer) -> dict:
         held_out = super().scores(trainer)
