@@ -21,9 +21,8 @@ logger = logging.get_logger(__name__)
 BEAMS = 4
 PAIR = re.compile(r"(\w+)-(\w+)")
 PLAIN = {"add_special_tokens": False, "split_special_tokens": True}  # a text that spells a tag is text
-# use_cache: training turns it off; early_stopping: a quarter faster with the same chrF; the others: no sampling
-BEAM_SEARCH = {"early_stopping": True, "use_cache": True}
-BEAM_SEARCH |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+# use_cache: training turns it off; the others: whatever the model's own defaults are
+NO_SAMPLING = {"use_cache": True, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def tag(pair: str) -> str:
@@ -117,8 +116,9 @@ def translate(
             attention_mask=torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device),
             max_new_tokens=min(2 * size + 16, limit - size),
             num_beams=num_beams,
+            early_stopping=num_beams > 1,  # a quarter faster, with the same chrF
             pad_token_id=pad,
-            **BEAM_SEARCH,
+            **NO_SAMPLING,
         )
         for number, ids in zip(batch, output, strict=True):
             translations[number] = tokenizer.decode(ids[longest:], skip_special_tokens=True)
