@@ -28,6 +28,8 @@ def one_line(error: BaseException) -> str:
         error = error.__cause__
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()).partition(". Errors: ")[0])
     text = re.sub(r"data did not match any variant of untagged enum (Py)?(\w+?)(Untagged|Wrapper)", r"no \2 known to the library", text)  # fmt: skip
+    if text == "index out of range in self":  # of torch's embedding
+        text = "a token's number is beyond the model's vocabulary: the tokenizer is not this model's."
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"

@@ -93,7 +93,7 @@ def check_json(path: str) -> None:
         text = file.seek(0) or file.read() if is_list else b""
         file.seek(0)
         for number, line in enumerate(file, 1):
-            if line.strip() == b"null" and not is_list:
+            if depth == 0 and line.strip() == b"null":
                 raise InputError(f"{path}: row {number} is null; each row must be an object {{...}}.")
             brackets = sum(map(line.count, (b"{", b"}", b"[", b"]")))
             if brackets == 2 and line[:1] == b"{" and line.rstrip()[-1:] == b"}":

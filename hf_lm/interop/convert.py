@@ -84,7 +84,7 @@ def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # whatever a broken file makes the tokenizer's code do
         if not os.path.isdir(source) and isinstance(error, OSError):
             return None
-        file = os.path.join(source, kwargs.get("gguf_file") or names[0])
+        file = os.path.join(source, kwargs.get("gguf_file") or "".join(names[:1]))
         reason = None if kwargs else tokenizer_problem(Path(source))
         raise InputError(f"the tokenizer cannot be read: {reason or f'{file}: {one_line(error)}'}") from error
 
@@ -97,7 +97,7 @@ def tokenizer_problem(folder: Path) -> str | None:
         or culprit(
             folder / "tokenizer_config.json",
             lambda fields: PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), **fields),
-        )  # fmt: skip
+        )
         or culprit(folder / "config.json", _build_model)
     )
 

@@ -219,10 +219,10 @@ def texts(bench: Bench):
 
 # kind of input: how many the slow suite tries
 KINDS = {
-    configs: 120, tokenizer_files: 90, safetensors_headers: 70, shard_indexes: 50, recipes: 50, json_rows: 60, tables: 40,
-    parquet: 30, texts: 20,
+    configs: 200, tokenizer_files: 140, safetensors_headers: 100, shard_indexes: 70, recipes: 80, json_rows: 90, tables: 60,
+    parquet: 40, texts: 20,
 }  # fmt: skip
-SAMPLE = 6  # of each in the default suite
+SAMPLE = 5  # of each in the default suite
 
 
 def test_there_are_five_hundred_different_inputs():
