@@ -356,7 +356,7 @@ def linear_cross_entropy(
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     # Where little is learned (an answer, a label) little is computed; not on an accelerator, which this would stall.
     learned = shift_labels != ignore_index
-    if learned.device.type == "cpu" and 2 * learned.sum() < len(learned):
+    if learned.device.type == "cpu" and not is_tracing(learned) and 2 * learned.sum() < len(learned):
         hidden_states, shift_labels = hidden_states[learned], shift_labels[learned]
     total = _LinearCrossEntropy.apply(
         hidden_states,

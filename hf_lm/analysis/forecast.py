@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
+from ..training.callbacks import continue_prompts
+
 WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
 SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
 SAVE_SECONDS, SAVED_BYTES_PER_SECOND = 0.15, 2.5e8  # of a checkpoint with its hashes
@@ -115,18 +117,15 @@ def _evaluation_seconds(twin, batches: int) -> float:
     return _mean(times, 0) * math.ceil(len(rows) / twin.args.eval_batch_size)
 
 
-@torch.no_grad()
-def _sample_seconds(trainer, tokens: int = 12) -> float:
-    arguments, seconds = trainer.args, 0.0
-    for length in (2, tokens):  # the first is not counted
-        inputs = trainer.processing_class(
-            arguments.sample_prompts[0], return_tensors="pt", return_token_type_ids=False
-        )
-        lengths = {"min_new_tokens": length, "max_new_tokens": length}
-        start = _now(arguments.device)
-        trainer.model.generate(**inputs.to(trainer.model.device), **lengths, use_cache=True)
-        seconds = _now(arguments.device) - start
-    return seconds / tokens * arguments.sample_tokens * len(arguments.sample_prompts)
+def _sample_seconds(twin, tokens: int = 12) -> float:
+    if twin.eval_dataset is None or not twin.args.sample_prompts:
+        return 0.0
+    times, whole = [], twin.args.sample_tokens
+    for twin.args.sample_tokens in (1, tokens):  # the first is not counted
+        times = [_now(twin.args.device)]
+        continue_prompts(twin)
+        times.append(_now(twin.args.device))
+    return _mean(times, 0) * whole / tokens
 
 
 def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
@@ -153,20 +152,13 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
             costs["evaluation"] = _evaluation_seconds(twin, batches)
             watch.times, watch.seconds = [], 0.0
             twin.train()
-        looks = arguments.sample_prompts and twin.eval_dataset is not None
-        costs["samples"] = _sample_seconds(trainer) if looks else 0.0
+        costs["samples"] = _sample_seconds(twin)
         peak = before + int(HEAP_GROWTH * (peak_memory() - before))
     steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
-    times = {
-        "steps": steps // twin.state.eval_steps if twin.state.eval_steps else 0,
-        "epoch": arguments.num_train_epochs,
-    }
-    saves = {"steps": -(-steps // twin.state.save_steps), "epoch": arguments.num_train_epochs}
-    train_seconds = (
-        steps * costs["step"]
-        + times.get(arguments.eval_strategy, 0) * looking
-        + saves.get(arguments.save_strategy, 0) * costs["save"]
-    )
+    epochs, every = arguments.num_train_epochs, twin.state.eval_steps
+    times = {"steps": steps // every if every else 0, "epoch": epochs}.get(arguments.eval_strategy, 0)
+    saves = {"steps": -(-steps // twin.state.save_steps), "epoch": epochs}.get(arguments.save_strategy, 0)
+    train_seconds = steps * costs["step"] + times * looking + saves * costs["save"]
     result = {
         "train_seconds": train_seconds,
         "trained_seconds": elapsed + time.perf_counter() - start + train_seconds,

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from ..functional_hf_lm import SLICE_ELEMENTS
+from ..functional_hf_lm import SLICE_ELEMENTS, SLICE_ROWS
 from ..hub.card import WATTS, assumed_watts
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
@@ -35,13 +35,8 @@ HARDWARE = {
     "A100": (80e9, 312e12, WATTS["A100"]),
     "4090": (24e9, 165e12, 450),
 }
-# Into how many parts of `n` devices weights, gradients and optimizer state are divided.
-STRATEGIES = {
-    "DDP": lambda n: (1, 1, 1),
-    "ZeRO-1": lambda n: (1, 1, n),
-    "ZeRO-2": lambda n: (1, n, n),
-    "FSDP2, ZeRO-3": lambda n: (n, n, n),
-}
+# Whether weights, gradients and optimizer state are divided among the devices.
+STRATEGIES = {"DDP": (0, 0, 0), "ZeRO-1": (0, 0, 1), "ZeRO-2": (0, 1, 1), "FSDP2, ZeRO-3": (1, 1, 1)}
 PARTS = {  # of parameters: the first whose pattern is in the name
     "norms": r"norm|(^|\.)ln_",
     "head": r"(^|\.)(lm_head|score|embed_out)\.",
@@ -68,8 +63,8 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
 def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None) -> dict[str, float]:
     """
     Floating-point operations of a training step for each token: the matrix products, as `torch.utils.flop_counter`
-    counts them: of forward and backward, three times the forward's (twice, where weights are not learned). Attention is counted in full, as if it were not
-    causal: `2 * 2 * context * heads * head_dim` for scores and values.
+    counts them: of forward and backward, three times the forward's (twice, where weights are not learned). Attention is
+    counted in full, as if it were not causal: `2 * 2 * context * heads * head_dim` for scores and values.
 
     Args:
         context: tokens of a sequence.
@@ -78,9 +73,8 @@ def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None)
     config = model.config.get_text_config()
     head = model.get_output_embeddings() if model.can_generate() else getattr(model, "score", None)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     sizes = [sorted(parameter.shape) for parameter in layer_matrices(model)] if muon_batch else []
     return {
         "matrices": sum((6.0 if of.weight.requires_grad else 4.0) * of.weight.numel() for of in linear),
@@ -118,25 +112,18 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
 
         hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
         hooks += [layer.register_forward_hook(lambda *_: inside.append(total())) for layer in layers]
-        try:
-            with (
-                next(model.parameters()).fake_mode,
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
-            ):
-                ids = torch.zeros(rows, length, dtype=torch.long)
-                labels = ids if model.can_generate() else ids[:, 0]
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    model.train()(input_ids=ids, labels=labels, use_cache=False, **options)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with next(model.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            labels = ids if model.can_generate() else ids[:, 0]
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+                model.train()(input_ids=ids, labels=labels, use_cache=False, **options)
+        for hook in hooks:
+            hook.remove()
         return sum(inside), sum(inputs), total()
 
     # From two and three rows: of one row alone, some views need no copy.
     two, three = measure(2), measure(3)
-    inside, inputs, every = (
-        first + (batch_size - 2) * (second - first) for first, second in zip(two, three, strict=True)
-    )
+    inside, inputs, every = (few + (batch_size - 2) * (more - few) for few, more in zip(two, three, strict=True))
     if not checkpointing:
         return float(every)
     copies = 3 * two[0] - 2 * three[0]  # what does not grow with the batch
@@ -148,40 +135,53 @@ def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkp
     weights = 4.0 * sum(parameter.numel() for parameter in model.parameters())
     learned = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     batch_size, muon = arguments.per_device_train_batch_size, arguments.muon_learning_rate is not None
-    logits = batch_size * length * model.config.get_text_config().vocab_size if model.can_generate() else 0
+    rows, width = batch_size * length, model.config.get_text_config().vocab_size if model.can_generate() else 1
     if model.config.model_type == "hf_lm":  # a slice in float32, its slopes, its gradients in bfloat16
-        logits = min(logits, SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["default"])) * 2.5
+        elements = SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["default"])
+        rows = 2.5 * min(rows, max(SLICE_ROWS, elements // width))
     matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
     return {
         "weights": weights,
         "gradients": learned,
         "optimizer": 2 * learned - 4.0 * matrices,  # Muon has one number for each weight, AdamW two
         "activations": activation_bytes(model, batch_size, length, arguments.bf16, checkpointing),
-        "logits": 4.0 * logits,
+        "logits": 4.0 * rows * width,
     }
 
 
-def with_total(parts: dict[str, float]) -> dict[str, float]:
-    """The parts and their peak: gradients grow while activations shrink."""
-    passing = max(parts["gradients"], parts["activations"] + parts["logits"])
-    return {**parts, "total": parts["weights"] + parts["optimizer"] + passing}
+def with_total(parts: dict[str, float], accumulating: bool) -> dict[str, float]:
+    """The parts and their peak: gradients grow while activations shrink, unless they are accumulated."""
+    gradients, others = parts["gradients"], parts["activations"] + parts["logits"]
+    passing = gradients + others if accumulating else max(gradients, others)
+    return {**parts, "total": parts["weights"] + parts["optimizer"] + parts["communication"] + passing}
 
 
-def memory_by_strategy(model: nn.Module, arguments, length: int, device: str, gpus: int) -> dict[str, dict]:
-    """`memory_by_part` of each of some devices, for the ways to divide a model among them, with and without checkpointing."""
+def memory_by_strategy(
+    model: nn.Module, arguments, length: int, device: str, gpus: int, memory: float
+) -> dict[str, dict]:
+    """
+    `memory_by_part` of each of some devices, for the ways to divide a model among them, with and without checkpointing.
+
+    `communication` is DDP's copy of the gradients, and for FSDP2 the gathered weights of two layers: that which computes
+    and the next. `largest_model`: see there.
+    """
     layer = 4.0 * sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters())
-    found = {}
+    accumulating, part, found = arguments.gradient_accumulation_steps > 1, tensor_parallel_part(model, gpus), {}
     for suffix in ("", ", checkpointing"):
         whole = memory_by_part(model, arguments, length, device, bool(suffix))
-        for name, division in STRATEGIES.items() if gpus > 1 else [("one device", STRATEGIES["DDP"])]:
-            shares = zip(("weights", "gradients", "optimizer"), division(gpus), strict=True)
-            parts = whole | {part: whole[part] / share for part, share in shares}
-            if division(gpus)[0] > 1:
-                parts["weights"] += 2 * layer  # gathered: the one that computes, and the next
-            found[name + suffix] = with_total(parts)
-        if local := tensor_parallel_part(model, gpus):
-            found["TP" + suffix] = with_total(memory_by_part(local, arguments, length, device, bool(suffix)))
-    return found
+        for name, divided in STRATEGIES.items() if gpus > 1 else [("one device", (0, 0, 0))]:
+            shares = zip(("weights", "gradients", "optimizer"), divided, strict=True)
+            parts = whole | {key: whole[key] / gpus**share for key, share in shares}
+            parts["communication"] = {"DDP": whole["gradients"], "FSDP2, ZeRO-3": 2 * layer}.get(name, 0.0)
+            found[name + suffix] = parts
+        if part:
+            found["TP" + suffix] = memory_by_part(part, arguments, length, device, bool(suffix)) | {
+                "communication": 0.0
+            }
+    return {
+        name: with_total(parts, accumulating) | {"largest_model": largest_model(model, parts, memory, accumulating)}
+        for name, parts in found.items()
+    }
 
 
 def tensor_parallel_part(model: nn.Module, gpus: int) -> nn.Module | None:
@@ -198,7 +198,7 @@ def tensor_parallel_part(model: nn.Module, gpus: int) -> nn.Module | None:
         return type(model)(type(model.config).from_dict({**config, **special, **part, "head_dim": head_dim}))
 
 
-def largest_model(model: nn.Module, parts: dict[str, float], memory: float) -> int:
+def largest_model(model: nn.Module, parts: dict[str, float], memory: float, accumulating: bool) -> int:
     """
     Parameters of the largest model of this shape, layers and width grown alike, that trains in `memory` (bytes).
 
@@ -213,7 +213,8 @@ def largest_model(model: nn.Module, parts: dict[str, float], memory: float) -> i
     def total(k: float) -> float:
         grown = parameters(k) / parameters(1.0)
         factors = {"activations": k**2, "logits": 1.0}
-        return with_total({name: size * factors.get(name, grown) for name, size in parts.items()})["total"]
+        sizes = {name: size * factors.get(name, grown) for name, size in parts.items()}
+        return with_total(sizes, accumulating)["total"]
 
     low, high = 0.0, 1e4
     for _ in range(60):
@@ -269,10 +270,10 @@ def plan(
         raise InputError(f"--hardware: must be one of {', '.join(HARDWARE)}, this; got {hardware!r}.")
     if gpus < 1 or (hardware == "this" and gpus > 1):
         raise InputError(f"--gpus: must be at least 1, and more only with other --hardware, got {gpus}.")
-    task, length = (
-        task_class(data_arguments.task)(model_arguments, data_arguments, arguments),
-        data_arguments.block_size,
-    )
+    if not 0 < utilization <= 1:
+        raise InputError(f"--utilization: must be above 0 and at most 1, got {utilization}.")
+    task = task_class(data_arguments.task)(model_arguments, data_arguments, arguments)
+    length = data_arguments.block_size
     step_tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * length
     measured, steps, start = None, float(arguments.max_steps), time.perf_counter()
     if hardware == "this":
@@ -295,16 +296,13 @@ def plan(
     per_token = sum(flops.values())
     speed = measured["tokens_per_second"] if measured else peak * utilization * gpus / per_token
     hours = (measured["trained_seconds"] if measured else tokens / speed) / 3600
-    strategies = memory_by_strategy(model, arguments, length, device, gpus)
-    for sizes in strategies.values():
-        sizes["largest_model"] = largest_model(model, sizes, memory)
     count = sum(parts.values())
     return {
         "hardware": describe_hardware(arguments.device) if measured else hardware,
         "gpus": gpus,
         "parameters": {**parts, "total": count},
         "flops_per_token": {**flops, "total": per_token},
-        "memory": {"device": memory, "strategies": strategies},
+        "memory": {"device": memory, "strategies": memory_by_strategy(model, arguments, length, device, gpus, memory)},
         "steps": int(steps),
         "tokens": int(tokens),
         "optimal_tokens": TOKENS_PER_PARAMETER * count,

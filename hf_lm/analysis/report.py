@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ..evaluation.quality import sample_quality, token_calibration
 from ..hub.card import RESULTS, compute_facts, read_recipe, shown
+from ..training.callbacks import continue_prompts
 from .page import write_page
 
 POINTS = 1000  # of a curve, at most
@@ -47,13 +48,8 @@ CALIBRATED = 8  # batches of held-out text
 PER_PROMPT = 4  # samples
 
 
-def measure_quality(trainer, continue_prompts) -> dict:
-    """
-    Calibration on held-out text, and for the recipe's prompts repetition, diversity and what is copied.
-
-    Args:
-        continue_prompts: `continue_prompts(trainer, count)` gives `text`s, `count` for each prompt.
-    """
+def measure_quality(trainer) -> dict:
+    """Of a language model: calibration on held-out text; for the recipe's prompts repetition, diversity, what is copied."""
     model, quality = trainer.model.eval(), {}
     if not (trainer.is_world_process_zero() or trainer.is_sharded) or not model.can_generate():
         return quality

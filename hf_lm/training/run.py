@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..hub.push import PushCallback
 from .arguments import HfLmTrainingArguments, ModelArguments
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
-from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback, continue_prompts
+from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
 from .checkpoints import checkpoint_to_resume
 from .hardware import keep_freed_memory
 from .tasks import task_class
@@ -180,7 +180,7 @@ def train(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {"task": data_arguments.task, **task.scores(trainer), "train_loss": losses[-1] if losses else None}
     metrics |= {"predicted": predicted, "actual": actual}
-    metrics["quality"] = measure_quality(trainer, continue_prompts)
+    metrics["quality"] = measure_quality(trainer)
     metrics |= describe(trainer, model_arguments, data_arguments, time.perf_counter() - start)
     metrics["summary"] = task.summary(metrics)
     save_run(trainer, metrics)
