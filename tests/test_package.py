@@ -16,7 +16,7 @@ LAYERS = [
     ["functional_hf_lm"],
     ["modeling_hf_lm"],
     ["tokenization", "data"],
-    ["training", "evaluation", "interop", "hub", "analysis"],
+    ["training", "evaluation", "interop", "hub", "analysis", "inference"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
