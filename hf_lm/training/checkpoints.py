@@ -39,11 +39,18 @@ PROGRESS = "progress"  # entry of the manifest: the place in the data, and count
 version = cache(metadata.version)  # looks through all that is installed
 
 
-def _hash_and_sync(path: Path) -> dict:
+def _sync(path: Path) -> None:
+    if os.name == "posix" or path.is_file():  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _facts(path: Path) -> dict:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 @contextmanager
@@ -57,15 +64,6 @@ def without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def seal(folder: Path, target: Path, **facts) -> None:
     """
     Write the manifest of a finished save and move it into place.
@@ -75,22 +73,24 @@ def seal(folder: Path, target: Path, **facts) -> None:
         target: its final name; an older checkpoint of that name is replaced.
         facts: further entries of the manifest (step, arguments, ...).
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as threads:  # hashing and waiting for the disk both leave Python to the others
-        written = list(threads.map(_hash_and_sync, files))
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
+    with ThreadPoolExecutor() as threads:  # both leave Python to the others: the disk works while bytes are hashed
+        written, synced = threads.map(_facts, files), threads.map(_sync, paths)
+        written, _ = list(written), list(synced)
     manifest = {
-        "files": {str(path.relative_to(folder)): facts for path, facts in zip(files, written, strict=True)},
+        "files": {str(path.relative_to(folder)): of for path, of in zip(files, written, strict=True)},
         "versions": {name: version(name) for name in PACKAGES},
         **facts,
     }
     path = folder / MANIFEST
     path.write_text(json.dumps(manifest, indent=1))
-    _hash_and_sync(path)
-    _sync_folder(folder)
+    _sync(path)
+    _sync(folder)
     if target.exists():
         os.rename(target, folder.with_name(f"old-{target.name}"))
     os.rename(folder, target)
-    _sync_folder(target.parent)
+    _sync(target.parent)
 
 
 def rotate(run: Path, limit: int | None, keep: list[Path]) -> None:
@@ -130,7 +130,7 @@ def damage(folder: Path, contents: bool = True) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-            if contents and _hash_and_sync(path)["sha256"] != expected["sha256"]:
+            if contents and _facts(path)["sha256"] != expected["sha256"]:
                 return f"{name} was changed (its SHA-256 differs)"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"

@@ -285,7 +285,7 @@ class HfLmTrainer(Trainer):
             )
         if self.watch.count > limit:
             raise TrainingDiverged(f"{what} More than max_divergences ({limit}) of them.")
-        done = self._roll_back() if action == "rollback" else "the batch is skipped"
+        done = self._roll_back(what) if action == "rollback" else "the batch is skipped"
         logger.warning(f"{what} Number {self.watch.count} of at most {limit}: {done}.")
         for parameter in model.parameters():
             parameter.grad = None  # what has no gradient is not updated
@@ -293,7 +293,7 @@ class HfLmTrainer(Trainer):
         self._tr_loss.copy_(self._logged_before)
         self._globalstep_last_logged += 1
 
-    def _roll_back(self) -> str:
+    def _roll_back(self, what: str) -> str:
         """
         Weights and optimizer as in the last checkpoint. Steps, learning rate and data go on from here: the same data
         again would end the same way.
@@ -301,7 +301,7 @@ class HfLmTrainer(Trainer):
         found = [newest_valid(Path(self.args.output_dir)) if self.args.should_save else None]
         checkpoint = broadcast_object_list(found)[0]
         if checkpoint is None:
-            raise TrainingDiverged("the run diverged, and there is no checkpoint yet to roll back to.")
+            raise TrainingDiverged(f"{what} There is no checkpoint yet to roll back to.")
         schedule = self.lr_scheduler.state_dict()
         self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
         self._load_optimizer_and_scheduler(str(checkpoint))

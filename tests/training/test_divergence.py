@@ -143,8 +143,8 @@ def test_rolling_back_takes_the_last_checkpoint_and_goes_on_with_the_next_batch(
     taken = {}
     roll_back = trainer._roll_back
 
-    def noted():
-        text = roll_back()
+    def noted(what):
+        text = roll_back(what)
         taken.update({name: weight.clone() for name, weight in trainer.model.state_dict().items()})
         taken["lr"] = trainer.lr_scheduler.get_last_lr()[0]
         taken["text"] = text
