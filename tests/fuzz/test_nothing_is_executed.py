@@ -127,7 +127,7 @@ def test_nothing_in_a_model_folder_is_executed(machine, good_model, plant, use):
 
 
 @pytest.mark.parametrize("template", [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    pytest.param("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", marks=pytest.mark.slow),
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "{{ 'x' * 10 ** 11 }}",
     "{{ messages[0].content.__class__.__mro__ }}",
