@@ -65,7 +65,9 @@ class HfLmTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:  # a checkpoint is a model folder, however many processes made it
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        elif (self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "0"))) and self.args.should_log:
+        elif self.is_world_process_zero() and (
+            self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "0"))
+        ):
             logger.warning("fsdp: not on a CPU, where accelerate does not shard: each process holds the whole model.")
         self.row_likelihoods = row_likelihoods or self.compute_metrics is None
         if self.compute_metrics is None:
