@@ -12,7 +12,10 @@ import hf_lm.functional_hf_lm as functional
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_items_in_batch", [None, 7])
-def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, num_items_in_batch):
+@pytest.mark.parametrize("columns", [50, 16])
+def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, num_items_in_batch, columns):
+    monkeypatch.setattr(functional, "WIDE_VOCABULARY", columns)
+    monkeypatch.setattr(functional, "SLICE_COLUMNS", columns)
     monkeypatch.setitem(functional.SLICE_ELEMENTS, "cpu", 200)  # several slices, the last one short
     monkeypatch.setattr(functional, "SLICE_ROWS", 1)
     torch.manual_seed(0)
