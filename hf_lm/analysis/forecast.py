@@ -51,8 +51,10 @@ class _Stopwatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.times.append(_now(args.device))
-        enough = len(self.times) > 2 * WARM_UP + SHARE * state.max_steps
-        control.should_training_stop |= enough or self.times[-1] - self.times[0] > self.seconds
+        steps, seconds = len(self.times) - 1, self.times[-1] - self.times[0]
+        enough = steps >= 2 * WARM_UP + SHARE * state.max_steps
+        late = seconds > self.seconds and (steps >= 3 or seconds > 10 * self.seconds)  # the first two are slower
+        control.should_training_stop |= enough or late
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
 
     Args:
         elapsed: seconds that the run has taken already.
-        seconds: how long to measure at most; a step is always finished.
+        seconds: how long to measure; of slow steps three, in up to ten times as long.
 
     Returns:
         `train_seconds` (with evaluations, samples and checkpoints on the way) and `trained_seconds` (with what came
