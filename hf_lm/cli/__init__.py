@@ -55,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if hasattr(sys.stdout, "reconfigure"):  # what cannot be printed (lone surrogates, a terminal without UTF-8) is shown
+    if hasattr(
+        sys.stdout, "reconfigure"
+    ):  # what cannot be printed (lone surrogates, a terminal without UTF-8) is shown
         sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a command has one progress bar: its own
     named = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
