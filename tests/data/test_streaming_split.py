@@ -17,6 +17,8 @@ PROCESSES, WORKERS, BATCH, BLOCK = 2, 2, 5, 40
 
 def batches_of(files: list[str], skip: int, count: int) -> list[list[int]]:
     """The numbers of the documents in each batch that this process gets."""
+    import tempfile
+
     import torch
     from accelerate import skip_first_batches
 
@@ -29,7 +31,7 @@ def batches_of(files: list[str], skip: int, count: int) -> list[list[int]]:
 
     torch.set_num_threads(1)
     arguments = HfLmTrainingArguments(
-        output_dir="nowhere",
+        output_dir=tempfile.mkdtemp(),
         dataloader_num_workers=WORKERS,
         per_device_train_batch_size=BATCH,
         report_to="none",
