@@ -28,7 +28,7 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick, launcher):
+def test_two_processes_train_and_evaluate_as_one(recipe, repository, tmp_path, moby_dick, launcher):
     # ragged documents: blocks differ in how many tokens they predict
     rows = [moby_dick[start : start + 40 + start % 300] for start in range(0, 50_000, 400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")
@@ -40,6 +40,9 @@ def test_two_processes_train_and_evaluate_as_one(recipe, tmp_path, moby_dick, la
     }
     path = recipe(**changes)
     single = [sys.executable, "-m", "hf_lm", "train", path, "--output_dir", str(tmp_path / "one")]
+    if launcher == "accelerate":
+        config = str(repository / "recipes" / "distributed" / "one_gpu.yaml")
+        single[2:2] = ["accelerate.commands.launch", "--config_file", config, "-m"]
     double = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "hf_lm", "train", path]
     double += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
     for words in (single, double):
