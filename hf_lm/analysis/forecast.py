@@ -19,7 +19,7 @@ from ..training.callbacks import continue_prompts
 WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
 SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
 SAVE_SECONDS, SAVED_BYTES_PER_SECOND = 0.15, 2.5e8  # of a checkpoint with its hashes
-HEAP_GROWTH = 1.3  # of what training takes, in the course of a run: free memory falls to pieces
+HEAP_GROWTH = 1.3  # of memory in a run that trains and evaluates by turns: what is free falls to pieces
 
 
 def peak_memory() -> int:
@@ -108,8 +108,6 @@ def _step_costs(twin, watch: _Stopwatch) -> dict:
 
 def _evaluation_seconds(twin, batches: int) -> float:
     """Of all rows held out, from so many batches of rows that are taken at even distances: they may be sorted."""
-    if twin.eval_dataset is None:
-        return 0.0
     rows, size = twin.eval_dataset, batches * twin.args.eval_batch_size
     some, times = rows.select(range(0, len(rows), max(1, len(rows) // size))), [_now(twin.args.device)]
     twin.model.eval()
@@ -120,7 +118,7 @@ def _evaluation_seconds(twin, batches: int) -> float:
 
 
 def _sample_seconds(twin, tokens: int = 12) -> float:
-    if twin.eval_dataset is None or not twin.args.sample_prompts:
+    if not twin.args.sample_prompts:
         return 0.0
     times, whole = [], twin.args.sample_tokens
     for twin.args.sample_tokens in (1, tokens):  # the first is not counted
@@ -147,15 +145,17 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
         and `save`, with the run's `steps` and the `tokens` of one.
     """
     start, arguments, watch, before = time.perf_counter(), trainer.args, _Stopwatch(seconds), peak_memory()
+    looks, growth = trainer.eval_dataset is not None and arguments.eval_strategy != "no", 1.0
     with _nothing_changes(trainer):
         twin = _twin(trainer, watch)
-        costs = _step_costs(twin, watch)
-        for batches in (1, 2):  # by turns with training, as in the run: what one frees the other cannot always use
-            costs["evaluation"] = _evaluation_seconds(twin, batches)
-            watch.times, watch.seconds = [], 0.0
-            twin.train()
-        costs["samples"] = _sample_seconds(twin)
-        peak = before + int(HEAP_GROWTH * (peak_memory() - before))
+        costs = _step_costs(twin, watch) | {"evaluation": 0.0, "samples": 0.0}
+        if looks:  # by turns with training, as in the run: what one frees the other cannot always use
+            for batches in (1, 2):
+                costs["evaluation"] = _evaluation_seconds(twin, batches)
+                watch.times, watch.seconds = [], 0.0
+                twin.train()
+            costs["samples"], growth = _sample_seconds(twin), HEAP_GROWTH
+        peak = before + int(growth * (peak_memory() - before))
     steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
     epochs, every = arguments.num_train_epochs, twin.state.eval_steps
     times = {"steps": steps // every if every else 0, "epoch": epochs}.get(arguments.eval_strategy, 0)
