@@ -28,9 +28,9 @@ ASIDE = ".saving"
 # What exact resumption needs, and what is lost without it.
 NEEDED = {"trainer_state.json": "the step", "*.safetensors*": "the weights"}
 CAN_START_ANEW = {
-    "optimizer.*": "the optimizer's state",
-    "scheduler.pt": "the place in the learning-rate schedule",
-    "rng_state*.pth": "the random number generators' state",
+    ("optimizer.*", "global_step*"): "the optimizer's state",  # the second is DeepSpeed's
+    ("scheduler.pt",): "the place in the learning-rate schedule",
+    ("rng_state*.pth",): "the random number generators' state",
 }
 PACKAGES = ("torch", "transformers", "hf-lm")
 PROGRESS = "progress"  # entry of the manifest: the place in the data, and counts
@@ -175,7 +175,7 @@ def require_complete(
     lost = [what for pattern, what in NEEDED.items() if not any(folder.glob(pattern))]
     if lost:
         raise InputError(f"{folder} lacks {', '.join(lost)}: the run cannot go on from it.")
-    missing = [what for pattern, what in CAN_START_ANEW.items() if not any(folder.glob(pattern))]
+    missing = [what for patterns, what in CAN_START_ANEW.items() if not any(any(folder.glob(p)) for p in patterns)]
     missing += [] if PROGRESS in manifest else ["the place in the data"]
     if missing and not restart_missing_state:
         raise InputError(

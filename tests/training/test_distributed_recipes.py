@@ -90,6 +90,20 @@ def test_muon_with_deepspeed_is_refused_in_words(recipe):
         trainer.create_optimizer()
 
 
+@pytest.mark.parametrize("state", ["optimizer.pt", "optimizer.bin", "global_step4/zero_pp_rank_0_optim_states.pt"])
+def test_a_checkpoint_of_each_way_of_sharding_is_complete(tmp_path, state):
+    from hf_lm.training.checkpoints import require_complete
+
+    for name in ("trainer_state.json", "model.safetensors", "scheduler.pt", "rng_state_0.pth"):
+        (tmp_path / name).touch()
+    (tmp_path / "manifest.json").write_text('{"progress": {}}')
+    with pytest.raises(InputError, match="lacks the optimizer's state"):
+        require_complete(tmp_path, {})
+    (tmp_path / state).parent.mkdir(exist_ok=True)
+    (tmp_path / state).touch()
+    require_complete(tmp_path, {})
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
