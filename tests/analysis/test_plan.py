@@ -231,7 +231,7 @@ WIDE = [
     [
         [BOOK, "--max_steps", "200", "--eval_steps", "50"],
         [BOOK, *WIDE, "--block_size", "256", "--max_steps", "40", "--eval_strategy", "no"],
-        ["recipes/translation/config.yaml", "--max_steps", "30", "--eval_steps", "30", "--max_eval_samples", "60"],
+        ["recipes/translation/config.yaml", "--max_steps", "30", "--eval_steps", "30", "--max_eval_samples", "8"],
     ],
     ids=["book", "wide", "translation"],
 )
