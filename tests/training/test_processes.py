@@ -161,6 +161,7 @@ def test_trackio_keeps_the_losses_by_choice(recipe, tmp_path):
     assert any("eval/bits_per_byte" in row for row in logged)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_earlier_checkpoints_and_one_line(recipe, tmp_path):
     path = recipe(eval_strategy="no", report_to="none")
     code = """
