@@ -148,6 +148,7 @@ def recipe(tmp_path, moby_dick):
             "save_total_limit": 2,
             "bf16": False,
             "report_to": "none",
+            "forecast": False,
             **changes,
         }  # fmt: skip
         if keys.get("eval_strategy") == "steps":
@@ -163,28 +164,32 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / "model.safetensors")
 
 
-def kill_again_and_again(server, folder: Path, recipe: str, processes: int, batches: int) -> tuple[int, int]:
+def kill_again_and_again(
+    server, folder: Path, recipe: str, processes: int, batches: int
+) -> tuple[int, int, list[int]]:
     """
     Start a run, kill it, resume it, kill it ...; at last let it end.
 
     Returns:
-        How often it was killed, and how often in the middle of saving.
+        How often it was killed, how often in the middle of saving, and the steps from which it went on.
     """
     folder.mkdir()
     moments = random.Random(str(folder.name))
-    kills = in_saving = 0
+    kills, in_saving, steps = 0, 0, []
 
     def start() -> Run:
-        if saved := any((folder / "run").glob("checkpoint-*")):
-            return Run(server, folder, recipe, processes, resume=saved)
-        shutil.rmtree(folder / "run", ignore_errors=True)  # a new run, as a person would do
-        return Run(server, folder, recipe, processes, resume=False)
+        saved = [int(path.name.split("-")[1]) for path in (folder / "run").glob("checkpoint-*")]
+        if saved:
+            steps.append(max(saved))
+        else:  # a new run, as a person would do
+            shutil.rmtree(folder / "run", ignore_errors=True)
+        return Run(server, folder, recipe, processes, resume=bool(saved))
 
     for _ in range(IN_A_ROW):
         run = start()
         if moments.random() < 0.2:  # at any moment, that of starting too
             time.sleep(moments.uniform(0, 1))
-        elif run.wait_for_batches(moments.randint(1, batches // 4)):
+        elif run.wait_for_batches(moments.randint(2, batches // 3)):
             if moments.random() < 0.3:  # in the next saving
                 run.wait_for(folder / "run" / ".saving")
             time.sleep(moments.uniform(0, 0.15))
@@ -192,7 +197,7 @@ def kill_again_and_again(server, folder: Path, recipe: str, processes: int, batc
             kills += 1
             in_saving += (folder / "run" / ".saving").exists()
     start().finish()
-    return kills, in_saving
+    return kills, in_saving, steps
 
 
 @pytest.mark.slow
@@ -207,18 +212,19 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(server, recipe, tmp_
     batches = state["max_steps"] * CASES[case].get("gradient_accumulation_steps", 1)
     assert batches >= 9
 
-    kills = in_saving = 0
+    kills, in_saving, steps = 0, 0, []
     folders = (tmp_path / f"{case} {number}" for number in itertools.count())
     with ThreadPoolExecutor(2) as two_at_once:
-        while kills < KILLS:
+        while kills < KILLS or max(steps, default=0) <= state["max_steps"] // 3:  # the first time through the data
             pair = list(itertools.islice(folders, 2))
             done = [two_at_once.submit(kill_again_and_again, server, one, path, processes, batches) for one in pair]
             for run in done:
                 kills, in_saving = kills + run.result()[0], in_saving + run.result()[1]
+                steps += run.result()[2]
             for folder in pair:
                 got = weights(folder)
                 assert got.keys() == expected.keys()
                 different = [name for name in expected if not torch.equal(got[name], expected[name])]
                 assert not different, f"{different}\n{(folder / 'log.txt').read_text()[-3000:]}"
-    print(f"{case}: killed {kills} times, {in_saving} of them in saving")
+    print(f"{case}: killed {kills} times, {in_saving} of them in saving; went on from steps {sorted(steps)}")
     assert in_saving > 0
