@@ -120,8 +120,8 @@ def test_a_template_without_the_mark_is_refused(chat, tmp_path):
         trainer_of(chat(chat_template="none.jinja"))
 
 
+@pytest.mark.slow  # needs peft, which the long tests install
 def test_an_adapter_is_trained_reloaded_merged_and_handed_on(chat, tmp_path, capsys):
-    pytest.importorskip("peft")
     base = tmp_path / "base"
     train(*chat(output_dir=str(base), max_steps=20, eval_strategy="no", save_strategy="no"))
     run, merged = tmp_path / "run", tmp_path / "merged"
