@@ -38,8 +38,8 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def shorter(line: str) -> str:
     """A training command with fewer steps; anything else as it is."""
-    if re.search(r"hf[-_]lm train ", line) and "--resume" not in line:
-        return f"{line} {SHORTER}" + ("" if "--output_dir" in line else " --overwrite")
+    if re.search(r"hf[-_]lm train ", line):
+        return f"{line} {SHORTER}" + ("" if re.search("--output_dir|--resume", line) else " --overwrite")
     return line
 
 
