@@ -44,9 +44,8 @@ USAGE = {
     "chat": (
         "AutoModelForCausalLM",
         'messages = [{"role": "user", "content": "Hello!"}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-        ")\n"
+        "inputs = tokenizer.apply_chat_template("
+        'messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)\n'
         "output = model.generate(**inputs, max_new_tokens=40)\n"
         'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ),
