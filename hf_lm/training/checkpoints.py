@@ -64,6 +64,21 @@ def without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
+@contextmanager
+def whole_or_nothing(run: Path, name: str) -> Iterator[None]:
+    """
+    What goes wrong while a checkpoint is saved leaves nothing of it.
+
+    Raises:
+        RuntimeError: says what it was.
+    """
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(run / ASIDE, ignore_errors=True)
+        raise RuntimeError(f"{run / name} could not be saved, those before are whole: {error}") from error
+
+
 def seal(folder: Path, target: Path, **facts) -> None:
     """
     Write the manifest of a finished save and move it into place.

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -31,6 +33,7 @@ from .checkpoints import (
     read_manifest,
     rotate,
     seal,
+    whole_or_nothing,
     without_crc32,
 )
 from .divergence import TrainingDiverged, Watch, norm_of, sampler_of
@@ -78,6 +81,8 @@ class HfLmTrainer(Trainer):
         self._pace: tuple[float, int] | None = None  # time and tokens when the last log, evaluation or save was over
         self._losses: list[torch.Tensor] = []  # of the batches of the update under way
         self._saving_aside = False
+        self._thread, self._sealing = ThreadPoolExecutor(1), Future()  # of the last checkpoint
+        self._sealing.set_result(None)
 
     @property
     def is_sharded(self) -> bool:
@@ -93,7 +98,12 @@ class HfLmTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
+            self._finish_saving()
             self._count_time()
+
+    def _finalize_training(self, *args):
+        self._finish_saving()
+        return super()._finalize_training(*args)
 
     def _count_time(self) -> None:
         now = time.perf_counter()
@@ -209,6 +219,10 @@ class HfLmTrainer(Trainer):
         return os.path.join(folder, ASIDE) if self._saving_aside else folder
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """
+        Write a checkpoint aside. While training goes on, a thread hashes it, waits for the disk and moves it into place.
+        """
+        self._finish_saving()
         self._pace = None
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         run = Path(self._get_output_dir(trial))
@@ -223,17 +237,17 @@ class HfLmTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._saving_aside = True
         try:
-            with without_crc32():
+            with without_crc32(), whole_or_nothing(run, name):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._seal_checkpoint(run, name, limit)
-        except Exception as error:
-            shutil.rmtree(run / ASIDE, ignore_errors=True)
-            raise RuntimeError(f"{run / name} could not be saved, those before are whole: {error}") from error
         finally:
             self._saving_aside, self.args.save_total_limit = False, limit
-        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._sealing = self._thread.submit(self._seal_checkpoint(run, name, limit))
+
+    def _finish_saving(self) -> None:
+        """Wait until the last checkpoint is in its place; raise what kept it from getting there."""
+        self._sealing.result()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict:  # gathered from several processes: tied weights, no longer one tensor, are in it twice
@@ -241,7 +255,8 @@ class HfLmTrainer(Trainer):
             state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
-    def _seal_checkpoint(self, run: Path, name: str, limit: int | None) -> None:
+    def _seal_checkpoint(self, run: Path, name: str, limit: int | None) -> Callable[[], None]:
+        """What is left to do for a checkpoint that is written: it reads nothing that training changes."""
         folder, keep = run / ASIDE / name, [run / name]
         if self.state.best_global_step:  # upstream looks for the best checkpoint beside the one being saved
             keep.append(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
@@ -257,8 +272,13 @@ class HfLmTrainer(Trainer):
             "losses": list(self.watch.losses),
         }
         facts = {"step": self.state.global_step, "arguments": self.args.decisive(), PROGRESS: progress}
-        seal(folder, run / name, **facts)
-        rotate(run, limit, keep)
+
+        @whole_or_nothing(run, name)
+        def seal_it() -> None:
+            seal(folder, run / name, **facts)
+            rotate(run, limit, keep)
+
+        return seal_it
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         self._pace = self._pace or (time.perf_counter(), self.train_tokens)
@@ -300,6 +320,7 @@ class HfLmTrainer(Trainer):
         Weights and optimizer as in the last checkpoint. Steps, learning rate and data go on from here: the same data
         again would end the same way.
         """
+        self._finish_saving()
         found = [newest_valid(Path(self.args.output_dir)) if self.args.should_save else None]
         checkpoint = broadcast_object_list(found)[0]
         if checkpoint is None:

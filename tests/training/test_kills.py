@@ -35,7 +35,7 @@ CASES = {
     "loader workers": {"dataloader_num_workers": 2},
     "bfloat16": {"bf16": True},
     "AdamW alone": {"muon_learning_rate": None, "lr_scheduler_type": "cosine"},
-    "held-out scores": {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True},
+    "held-out scores": {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True},
     "stream": STREAM,
     "shuffled stream": {**STREAM, "shuffle_buffer_size": 16, "gradient_accumulation_steps": 2},
     "stream with loader workers": {**STREAM, "shuffle_buffer_size": 16, "dataloader_num_workers": 2},
