@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 from transformers.utils import logging
 
@@ -158,11 +159,8 @@ class HfLmTrainer(Trainer):
         return loader
 
     def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
-        # Upstream does not reach the sampler where it skips batches and splits them among processes.
         sampler = sampler_of(train_dataloader)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        elif hasattr(sampler, "generator"):  # group_by_length: would draw from what a checkpoint restores too late
+        if isinstance(sampler, LengthGroupedSampler):  # would draw from numbers that a checkpoint restores too late
             sampler.generator = torch.Generator().manual_seed(self.args.seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 

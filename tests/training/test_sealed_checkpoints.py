@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers.trainer_utils import set_seed
 
+from hf_lm import HfLmForCausalLM
+from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
 from hf_lm.training.checkpoints import ASIDE, MANIFEST, damage, newest_valid, require_complete, rotate, seal
 from hf_lm.training.run import train
+from hf_lm.training.trainer import HfLmTrainer
 
 
 def checkpoint(run: Path, step: int, **facts) -> Path:
@@ -150,3 +155,31 @@ def test_counts_go_on_over_a_resume(recipe, tmp_path):
     assert resumed["train_seconds"] > 0 and resumed["divergences"] == 0
     finished = train(*parse_recipe(path, ["--resume"]))
     assert finished["train_tokens"] == straight["train_tokens"]
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_every_order_of_rows_is_found_again_in_a_later_epoch(tiny_config, tmp_path, strategy):
+    numbers = torch.Generator().manual_seed(0)
+    lengths = torch.randint(4, 30, (24,), generator=numbers).tolist()
+    ids = [torch.randint(10, 97, (length,), generator=numbers).tolist() for length in lengths]
+    rows = {"input_ids": ids, "labels": ids, "position_ids": [list(range(length)) for length in lengths]}
+
+    def trainer(folder: str) -> HfLmTrainer:
+        arguments = HfLmTrainingArguments(
+            output_dir=str(tmp_path / folder), num_train_epochs=3, per_device_train_batch_size=4, learning_rate=0.01,
+            save_steps=8, bf16=False, report_to="none", disable_tqdm=True, train_sampling_strategy=strategy,
+        )  # fmt: skip
+        set_seed(arguments.seed)
+        model = HfLmForCausalLM(tiny_config)
+        return HfLmTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(rows), data_collator=PackedCollator(2))  # fmt: skip
+
+    straight = trainer("run")
+    straight.train()
+    for name in ("checkpoint-16", "checkpoint-18"):
+        (tmp_path / "run" / name).rename(tmp_path / name)
+    torch.rand(5)
+    resumed = trainer("run")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 18
+    expected = straight.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.state_dict().items())
