@@ -4,6 +4,7 @@ A run that is killed (-9) again and again, at any moment, ends with the same bit
 Every case is killed at least ten times, up to five times on one run: 110 and more kills in all.
 """
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -115,7 +116,9 @@ class Run:
         running = order[0].is_alive()
         for process in order:
             if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has no group yet, or has just ended
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 time.sleep(pause)
         for process in order:
             process.join(60)
