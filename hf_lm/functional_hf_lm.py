@@ -64,7 +64,7 @@ def attention_masks(
     if isinstance(attention_mask, dict):
         return attention_mask, {}
     attention_kwargs = {}
-    mask_kwargs = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+    mask_kwargs = {}
     is_2d = attention_mask is None or attention_mask.ndim == 2
     if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and nothing_cached(past_key_values):
         documents = packed_document_ids(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask)
@@ -72,7 +72,7 @@ def attention_masks(
         if not is_flash if is_tracing(documents) else bool((documents[:, -1] > 0).any()):
             if is_flash:
                 attention_kwargs = varlen_arguments(documents, attention_mask)
-                mask_kwargs["attention_mask"] = None
+                attention_mask = None
             if past_key_values is not None:  # a static cache has room for more keys than there are yet
                 length = documents.shape[1]
                 sizes = [past_key_values.get_mask_sizes(length, i)[0] for i in range(config.num_hidden_layers)]
@@ -84,10 +84,10 @@ def attention_masks(
     if torch.is_autocast_enabled(device):
         inputs_embeds = inputs_embeds[..., :1].to(torch.get_autocast_dtype(device))
     if past_key_values is not None and config._attn_implementation == "flex_attention":
-        mask_kwargs["past_key_values"] = with_lengths_kept(past_key_values)
+        past_key_values = with_lengths_kept(past_key_values)
     build = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    masks = {
-        layer_type: build[layer_type](config=config, inputs_embeds=inputs_embeds, **mask_kwargs)
+    masks = {  # by position: the cache's name differs between releases
+        layer_type: build[layer_type](config, inputs_embeds, attention_mask, past_key_values, **mask_kwargs)
         for layer_type in set(config.layer_types)
     }
     return masks, attention_kwargs
