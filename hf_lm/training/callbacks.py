@@ -100,6 +100,26 @@ class SampleCallback(TrainerCallback):
                 board.add_text(f"sample/{number}", sample["text"], state.global_step)
 
 
+def outlive_first_signal(seed_worker, worker_id: int) -> None:
+    """
+    What a data loader's worker does at its start: a first SIGINT or SIGTERM is not for it.
+
+    Schedulers and terminals signal all processes of a run; the training one still needs batches to finish its step. Later
+    it ends its workers itself; a second signal ends them at once.
+
+    Args:
+        seed_worker: the `worker_init_fn` there was, or None.
+    """
+
+    def once(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, once)
+    if seed_worker is not None:
+        seed_worker(worker_id)
+
+
 class InterruptCallback(TrainerCallback):
     """
     SIGINT (Ctrl-C) and SIGTERM end the run after the current step, with a checkpoint; a second signal ends it at once.

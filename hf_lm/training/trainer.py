@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from ..data.streams import EndlessStream
 from ..errors import InputError
 from ..evaluation.text import TextScore, token_log_probabilities
 from .arguments import HfLmTrainingArguments
+from .callbacks import outlive_first_signal
 from .checkpoints import (
     ASIDE,
     MANIFEST,
@@ -141,8 +143,15 @@ class HfLmTrainer(Trainer):
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
     def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        if not (is_training and isinstance(dataset, IterableDataset)):
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if is_training and isinstance(dataset, IterableDataset):
+            loader = self._get_stream_loader(dataset, *args, **kwargs)
+        else:
+            loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # of accelerate's, which only passes on
+        inner.worker_init_fn = partial(outlive_first_signal, inner.worker_init_fn)
+        return loader
+
+    def _get_stream_loader(self, dataset: IterableDataset, *args, **kwargs) -> DataLoader:
         count, own = self.args.world_size, self.args.process_index
         if count > 1 and isinstance(dataset, datasets.IterableDataset):
             dataset = split_dataset_by_node(dataset, own, count)

@@ -21,8 +21,8 @@ from hf_lm.training.run import Interrupted, train
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(*command: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+def start(*command: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options)
 
 
 def wait_for(condition, limit: float = 90.0) -> None:
@@ -89,6 +89,20 @@ def test_a_second_signal_stops_at_once_and_leaves_earlier_checkpoints_whole(reci
         assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
         folders = list(run.glob("checkpoint-*"))
         assert folders and not any(damage(folder) for folder in folders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_does_not_take_its_loader_away(recipe, tmp_path, number):
+    """As a scheduler or a terminal sends it."""
+    path = recipe(max_steps=100_000, save_steps=5, eval_strategy="no", report_to="none", dataloader_num_workers=2)
+    process = start("-m", "hf_lm", "train", path, start_new_session=True)
+    wait_for(lambda: any((tmp_path / "run").glob("checkpoint-*")))
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors[-3000:]
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    assert f"Saved {last}" in errors and damage(last) is None
 
 
 TWO = """
