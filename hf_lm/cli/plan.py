@@ -11,6 +11,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utilization", type=float, metavar="SHARE", help="of the peak that other hardware reaches (0.35)"
     )
+    parser.add_argument(
+        "--budget",
+        metavar="TIME",
+        help="90s, 30min, 2h: choose size, vocabulary, batch and steps for it, on this machine",
+    )
     parser.add_argument("--json", action="store_true", help="all numbers, as JSON")
 
 
@@ -31,12 +36,17 @@ def run(arguments: argparse.Namespace) -> int:
     hf_lm.register_auto_classes()
     from transformers.utils import logging
 
+    from ..analysis import scaling
     from ..analysis.plan import UTILIZATION, as_text, plan
     from ..training.arguments import parse_recipe
 
     logging.disable_progress_bar()
     share = UTILIZATION if arguments.utilization is None else arguments.utilization
     recipe = parse_recipe(arguments.config, overrides)
+    if arguments.budget is not None:
+        choice = scaling.choose(*recipe, scaling.seconds_of(arguments.budget))
+        print(json.dumps(choice, indent=2) if arguments.json else scaling.in_words(choice, arguments.config))
+        return 0
     costs = plan(*recipe, arguments.hardware, arguments.gpus, arguments.price, share)
     print(json.dumps(costs, indent=2) if arguments.json else as_text(costs))
     return 0

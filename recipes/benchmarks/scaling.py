@@ -24,9 +24,9 @@ BLOCK = 128
 GRID = [  # hidden size, layers, vocabulary, sequences of a batch, tokens
     *((size, layers, 2048, 8, tokens) for tokens in (200_000, 600_000, 1_600_000)
       for size, layers in ((64, 4), (128, 6), (192, 6), (256, 8))),
-    *((128, 6, vocabulary, 8, tokens) for vocabulary in (1024, 4096) for tokens in (200_000, 600_000, 1_600_000)),
-    *((128, 6, 2048, batch, tokens) for batch in (16, 32) for tokens in (600_000, 1_600_000)),
-    (192, 6, 4096, 8, 600_000), (192, 6, 4096, 16, 1_600_000), (192, 6, 2048, 4, 600_000),
+    (128, 6, 1024, 8, 200_000), (128, 6, 1024, 8, 600_000),
+    *((128, 6, 4096, 8, tokens) for tokens in (200_000, 600_000, 1_600_000)), (192, 6, 4096, 8, 600_000),
+    (128, 6, 2048, 16, 600_000), (128, 6, 2048, 16, 1_600_000), (128, 6, 2048, 32, 1_600_000),
 ]  # fmt: skip
 
 
@@ -65,12 +65,99 @@ def sweep() -> None:
             file.write(json.dumps(result) + "\n")
 
 
+def fit() -> None:
+    """The law nearest to the runs: Huber loss of the logarithms (as in arXiv:2203.15556), from several starts."""
+    import torch
+
+    from hf_lm.analysis.scaling import Law, matrices
+
+    text = sum(len(row["text"].encode()) for row in documents()["train"])
+    runs = [json.loads(line) for line in RUNS.read_text().splitlines()]
+    per_token = {vocabulary: text / count for vocabulary, count in tokens_of_text().items()}
+    rows = [
+        (matrices(size, layers), vocabulary, batch * BLOCK, run["train_tokens"] * per_token[vocabulary])
+        for run in runs
+        for size, layers, vocabulary, batch, _ in [run["point"]]
+    ]
+    got = torch.tensor([run["bits_per_byte"] for run in runs], dtype=torch.double)
+    size, vocab, batch, read = torch.tensor(rows, dtype=torch.double).log().T
+    best = None
+    for alpha in (0.2, 0.5):
+        for beta in (0.2, 0.4):
+            for floor in (0.8, 1.4):
+                start = [floor, 50.0**alpha, alpha, 0.1, 1000.0**beta, 0.05, beta, 4000.0]
+                logs = torch.tensor(start, dtype=torch.double).log().requires_grad_()
+                optimizer = torch.optim.LBFGS(
+                    [logs], max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=1e-14
+                )
+
+                def predicted(logs=logs):
+                    floor, a, alpha, delta, b, gamma, beta, critical = logs.exp()
+                    by_size = a * torch.exp(-alpha * size - delta * vocab)
+                    worth = read - torch.log1p(batch.exp() / critical)
+                    return floor + by_size + b * torch.exp(gamma * vocab - beta * worth)
+
+                def closure(logs=logs, optimizer=optimizer, predicted=predicted):
+                    optimizer.zero_grad()
+                    loss = torch.nn.functional.huber_loss(predicted().log(), got.log(), delta=0.01, reduction="sum")
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+                loss = closure().item()
+                if best is None or loss < best[0]:
+                    best = loss, logs.detach().exp().tolist(), (predicted() / got - 1).detach()
+    _, values, errors = best
+    print(Law(*(float(f"{value:.4g}") for value in values)))
+    print(
+        f"{len(runs)} runs; off by {100 * errors.abs().mean():.2f}% on average, {100 * errors.abs().max():.2f}% at most"
+    )
+
+
+def documents() -> dict:
+    """The recipe's text."""
+    from hf_lm.data.arguments import DataArguments
+    from hf_lm.data.documents import load_documents
+
+    return load_documents(DataArguments(train_file=str(RECIPE.parent / "data" / "*.parquet")))
+
+
+def tokens_of_text() -> dict[int, int]:
+    """With each vocabulary of the grid: the number of tokens of the training text."""
+    from hf_lm.tokenization import train_tokenizer
+
+    texts = [row["text"] for row in documents()["train"]]
+    counts = {}
+    for vocabulary in sorted({point[2] for point in GRID}):
+        tokenizer = train_tokenizer(texts, vocab_size=vocabulary)
+        counts[vocabulary] = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    return counts
+
+
+def check(budgets: list[float]) -> None:
+    """Ask the plan, train what it says."""
+    for seconds in budgets:
+        command = [sys.executable, "-m", "hf_lm", "plan", str(RECIPE), "--budget", f"{seconds:g}s", "--json"]
+        done = subprocess.run(command, check=True, cwd=RECIPE.parents[2], capture_output=True, text=True)
+        choice = json.loads(done.stdout)
+        metrics = train([*choice["overrides"]])
+        said, got = choice["best"]["bits_per_byte"], metrics["bits_per_byte"]
+        took = metrics["actual"]["trained_seconds"]
+        result = {"budget": seconds, **choice["best"], "actual_seconds": took, "actual_bits_per_byte": got}
+        result["error"] = said / got - 1
+        print(json.dumps(result), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("sweep",))
+    parser.add_argument("what", choices=("sweep", "fit", "check"))
+    parser.add_argument("seconds", type=float, nargs="*", help="budgets to check")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    {"sweep": sweep}[arguments.what]()
+    if arguments.what == "check":
+        check(arguments.seconds or [60, 120, 300])
+    else:
+        {"sweep": sweep, "fit": fit}[arguments.what]()
     return 0
 
 

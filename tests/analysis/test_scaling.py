@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from hf_lm.analysis.scaling import LAW, Law, choose, in_words, matrices, seconds_of
+from hf_lm.cli import main
+from hf_lm.errors import InputError
+from hf_lm.training.arguments import parse_recipe
+
+
+def test_budgets_are_times():
+    assert [seconds_of(text) for text in ("90s", "30min", "2h", "1.5 h")] == [90, 1800, 7200, 5400]
+    for wrong in ("30", "min", "-3s", "0s", "2 days"):
+        with pytest.raises(InputError, match="--budget"):
+            seconds_of(wrong)
+
+
+def test_the_law_rewards_size_and_data_and_repeated_data_less():
+    def of(width=128, batch=1024, read=3e6, text=1e7):
+        return LAW.bits_per_byte(matrices(width, 6), 2048, batch, read, text)
+
+    assert of(width=256) < of() and of(read=6e6) < of() < of(batch=8192)
+    assert of(read=3e6, text=1e6) > of(read=3e6, text=3e6) == of(read=3e6, text=1e9)
+    plateau = [of(read=1e6 * epochs, text=1e6) for epochs in (16, 64, 4096, 16384)]
+    assert plateau[0] > plateau[1] > plateau[2] >= plateau[3] > LAW.floor
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"model_name_or_path": "there"}, "new language model"), ({"tokenizer_kind": "byte"}, "vocabulary")],
+)
+def test_a_budget_needs_a_new_model(recipe, capsys, changes, message):
+    assert main(["plan", recipe(**changes), "--budget", "1min"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_choice_is_the_best_of_its_candidates_and_trains(recipe, capsys):
+    path = recipe(eval_strategy="no")
+    small = Law(floor=1.0, size=19.0, alpha=0.3, delta=0.05, data=42.0, gamma=0.08, beta=0.3, critical=4000.0)
+    choice = choose(*parse_recipe(path, []), 12.0, small)
+    rated = [one["bits_per_byte"] for one in choice["candidates"]]
+    assert len(rated) > 3 and rated == sorted(rated)
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "per_device_train_batch_size")
+    assert [choice["best"][name] for name in sizes] == [choice["candidates"][0][name] for name in sizes]
+    assert " ".join(choice["overrides"]) in in_words(choice, path)
+    assert main(["train", path, *choice["overrides"], "--max_steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(["plan", path, "--budget", "12s", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["keys"].keys() == choice["keys"].keys()
