@@ -41,6 +41,7 @@ QUALITY = {
     "samples": "samples looked at",
     "overlap_characters": "characters of the longest stretch copied from the training text",
     "overlap": "that stretch",
+    "searched_characters": "characters of the training text that were searched for it",
 }
 RUN = ("task", "base_model", "parameters", "seed", "processes", "hardware", "license", "language", "git_revision")
 SEARCHED = 3_000_000  # characters of training text that samples are compared with
@@ -56,13 +57,14 @@ def measure_quality(trainer) -> dict:
     if trainer.eval_dataset is not None and trainer.args.world_size == 1:
         quality = token_calibration(model, islice(trainer.get_eval_dataloader(), CALIBRATED))
     if trainer.args.sample_prompts and isinstance(trainer.train_dataset, Dataset):
-        samples = [sample["text"] for sample in continue_prompts(trainer, PER_PROMPT)]
+        samples = [sample["text"].removeprefix(sample["prompt"]) for sample in continue_prompts(trainer, PER_PROMPT)]
         text = ""
         for rows in trainer.train_dataset.select_columns("input_ids").with_format(None).iter(1000):
             text += trainer.processing_class.decode([*chain(*rows["input_ids"])], skip_special_tokens=True)
             if len(text) > SEARCHED:
                 break
         quality |= sample_quality(samples, text[:SEARCHED])
+        quality["searched_characters"] = len(text[:SEARCHED])
     return {name: value for name, value in quality.items() if not isinstance(value, float) or math.isfinite(value)}
 
 

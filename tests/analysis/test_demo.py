@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from browser import CONTRAST, FLAGS, browser
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmForSequenceClassification
 from hf_lm.tokenization import train_tokenizer
@@ -115,19 +115,6 @@ class Page:
             self.call("Input.dispatchKeyEvent", type=kind, **key)
 
 
-# The least ratio between a text and its ground, a see-through colour on the page (WCAG 2, 1.4.3).
-CONTRAST = """(selector => {
-    const colour = (node, name) => getComputedStyle(node)[name].match(/[\\d.]+/g).map(Number);
-    const light = rgb => rgb.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0.05);
-    const paper = colour(document.body, "backgroundColor");
-    return Math.min(...[...document.querySelectorAll(selector)].map(node => {
-        const [r, g, b, a = 1] = colour(node, "backgroundColor");
-        const ground = light([r, g, b].map((v, i) => v * a + paper[i] * (1 - a)));
-        const text = light(colour(node, "color").slice(0, 3));
-        return Math.max(text, ground) / Math.min(text, ground);
-    }));
-})"""
 FIELDS = '[...document.querySelectorAll("textarea:not([disabled])")].filter(field => field.offsetParent)'
 LAST = '[...document.querySelectorAll("textarea")].filter(field => field.offsetParent).at(-1).value'
 
@@ -136,17 +123,8 @@ LAST = '[...document.querySelectorAll("textarea")].filter(field => field.offsetP
 def opened(folder, profile):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    browser = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
-    assert browser, "no browser; on Debian: apt-get install chromium"
     address = f"http://127.0.0.1:{port}/"
     server = subprocess.Popen([sys.executable, "-m", "hf_lm", "demo", str(folder), "--port", str(port)])
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--window-size=1000,1400",
-    ]
     driven = None
     try:
         for _ in range(600):
@@ -156,7 +134,7 @@ def opened(folder, profile):
                     break
             time.sleep(0.1)
         driven = subprocess.Popen(
-            [browser, *flags, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"],
+            [browser(), *FLAGS, "--window-size=1000,1400", "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         devtools = next(re.search(r"ws://([^/]+)", line)[1] for line in driven.stderr if "DevTools listening" in line)

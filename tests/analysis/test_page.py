@@ -2,12 +2,10 @@
 
 import json
 import re
-import shutil
-import subprocess
-from html import unescape
 
 import pytest
 import torch
+from browser import CONTRAST, WIDTHS, found_on
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.analysis.page import write_page
@@ -17,13 +15,8 @@ from hf_lm.tokenization import train_tokenizer
 TEXT = 'The <b>whale</b> & the \N{WHALE} "captain" </script> 鲸'
 # What a person does, done by events; the findings are left in the document.
 SCRIPT = """
-<script>
 const press = (node, key) => node.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 const pressed = () => [...document.querySelectorAll("#surprise button")].findIndex(chip => chip.ariaPressed === "true");
-document.documentElement.style.width = "WIDTHpx";  // a window is never narrower than 500
-const wide = [...document.querySelectorAll("body, body *")].filter(node => !node.parentElement.closest(".scroll, svg"));
-const found = {right: Math.max(...wide.map(node => node.getBoundingClientRect().right))};
-found.paper = getComputedStyle(document.body).backgroundColor;
 const toolbar = document.getElementById("surprise");
 found.chips = [...toolbar.children].map(chip => chip.textContent);
 found.first = pressed();
@@ -44,13 +37,10 @@ found.rects = document.querySelectorAll("#map rect").length;
 found.lens = document.querySelectorAll("#lens tbody tr").length;
 found.bars = document.querySelectorAll("#attribution i").length;
 found.unnamed = [...document.querySelectorAll("button, select")].filter(node => !node.textContent && !node.ariaLabel).length;
-found.loaded = performance.getEntriesByType("resource").length;
-found.errors = window.problems;
-const report = document.createElement("pre");
-report.id = "found"; report.textContent = JSON.stringify(found);
-document.body.append(report);
-</script>
-"""
+found.letters = Math.min(...[...document.querySelectorAll("#map text")].map(label => label.getBoundingClientRect().height));
+toolbar.children[0].style.backgroundColor = tint("down", 1); toolbar.children[1].style.backgroundColor = tint("up", 1);
+found.contrast = CONTRAST("button, td, p, thead th");
+""".replace("CONTRAST", CONTRAST)
 
 
 @pytest.fixture(scope="module")
@@ -90,43 +80,15 @@ def test_inspect_refuses_what_it_cannot_show(page, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def browser():
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if shutil.which(name):
-            return name
-    pytest.fail("no browser; on Debian: apt-get install chromium", pytrace=False)
-
-
-def visit(browser: str, page, profile, *options: str) -> str:
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
-    command = [browser, *flags, f"--user-data-dir={profile}", *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "dark"), [(390, False), (1200, True)])
-def test_page_works_in_a_browser(page, browser, tmp_path, width, dark):
-    html = page.read_text(encoding="utf-8")
-    watch = "<script>window.problems = []; window.onerror = text => window.problems.push(text);</script>"
-    copy = tmp_path / "copy.html"
-    copy.write_text(
-        html.replace("<main>", watch + "<main>").replace("</html>", SCRIPT.replace("WIDTH", str(width)) + "</html>"),
-        encoding="utf-8",
-    )
-    scheme = f"--blink-settings=preferredColorScheme={int(not dark)}"
-    dom = visit(browser, copy, tmp_path / "profile", "--dump-dom", f"--window-size={width},900", scheme)
-    found = json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
+@pytest.mark.parametrize(("width", "dark"), WIDTHS)
+def test_page_works_in_a_browser(page, tmp_path, width, dark):
+    found = found_on(page, SCRIPT, tmp_path, width, dark)
     last = len(found["chips"]) - 1
-    assert found["errors"] == [] and found["loaded"] == 0 and found["unnamed"] == 0
-    assert 0.9 * min(width, 1000) < found["right"] <= width  # nothing stands out to the side
-    assert found["paper"] == ("rgb(21, 24, 28)" if dark else "rgb(253, 253, 251)")
+    assert found["unnamed"] == 0 and found["contrast"] >= 4.5 and found["letters"] >= 9
     assert found["chips"][0] == "<|bos|>" and "<0xE9>" in found["chips"]
     assert (found["first"], found["left"], found["focused"], found["home"]) == (last, last - 1, last - 1, 0)
     assert "given start" in found["start"] and "bits" in found["details"] and "Expected here" in found["details"]
     assert found["picked"] == ["0", "1"] and found["label"].endswith("layer 1, head 2")
     assert found["changed"].endswith("layer 2, head 2") and found["rects"] > last
     assert found["lens"] == 3 and found["bars"] == last
-    shot = tmp_path / "page.png"
-    visit(browser, page, tmp_path / "profile", f"--screenshot={shot}", f"--window-size={width},2400", scheme)
-    assert shot.stat().st_size > 20_000
