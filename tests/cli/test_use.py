@@ -103,13 +103,25 @@ def test_evaluate_scores_what_a_run_holds_out(folder, tmp_path, moby_dick, capsy
 def test_evaluate_compares_two_models_and_names_the_worst_documents(folder, tmp_path, moby_dick, capsys):
     lines = [json.dumps({"text": text}) for text in (moby_dick[:300], "\N{WHALE}" * 30, moby_dick[400:900])]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    words = ["evaluate", folder, "--data", str(tmp_path / "texts.jsonl"), "--compare", folder]
+    other = HfLmForCausalLM.from_pretrained(folder)
+    other.lm_head.weight.data *= 0.1  # nearer to knowing nothing, which is better than a random guess
+    other.save_pretrained(tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{folder}/{file}", tmp_path / "other")
+    words = ["evaluate", folder, "--data", str(tmp_path / "texts.jsonl"), "--compare", str(tmp_path / "other")]
     result = json.loads(output_of(capsys, *words, "--json"))
-    assert result["compared"]["minus"] == {"difference": 0, "low": 0, "high": 0}
+    minus, own, others = result["compared"]["minus"], result["bits_per_byte"], result["compared"]["bits_per_byte"]
+    assert (
+        minus["difference"] == pytest.approx(own - others) and 0 < minus["low"] < minus["difference"] < minus["high"]
+    )
+    alone = json.loads(output_of(capsys, "evaluate", *[str(tmp_path / "other"), *words[2:4]], "--json"))
+    assert others == alone["bits_per_byte"]
     assert [row["document"] for row in result["by_document"]] != [] and result["documents"] == 3
     text = output_of(capsys, *words)
     assert f"in document {result['by_document'][0]['document']} " in text.splitlines()[1]
-    assert "+0.0000 bits per byte" in text
+    assert f"{minus['difference']:+.4f} bits per byte (95%: {minus['low']:+.4f} to {minus['high']:+.4f})" in text
+    strided = json.loads(output_of(capsys, *words[:4], "--stride", "16", "--json"))
+    assert strided["tokens"] == result["tokens"] and strided["loss"] != result["loss"]
 
 
 def test_scores_of_a_bfloat16_model_do_not_depend_on_the_batch_size(folder, tmp_path, moby_dick, capsys):

@@ -38,11 +38,16 @@ def test_a_stride_scores_the_same_tokens_with_more_context(model, tokenizer, mob
     plain, strided = (score_documents(model, tokenizer, text, 64, stride) for stride in (None, 16))
     assert sum(plain.tokens) == sum(strided.tokens) and sum(plain.num_bytes) == sum(strided.num_bytes)
     assert plain.loss != strided.loss
-    # with a stride of one, each token is scored by a forward of its own
-    text = [moby_dick[:60]]
-    single = score_documents(model, tokenizer, text, 64, 1)
-    whole = score_documents(model, tokenizer, text, 64)
-    assert math.isclose(single.loss, whole.loss, rel_tol=1e-5)  # the text fits one window
+    # with a stride of one, each token is scored by a forward of its own, after all that fits before it
+    text, log_probability = moby_dick[:200], 0.0
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    for place, token in enumerate(ids):
+        window = torch.tensor([[tokenizer.bos_token_id, *ids[max(0, place - 62) : place]]])
+        with torch.no_grad():
+            log_probability += model(window).logits[0, -1].log_softmax(-1)[token].item()
+    assert len(ids) > 80
+    single = score_documents(model, tokenizer, [text], 64, 1)
+    assert math.isclose(single.loss, -log_probability / len(ids), rel_tol=1e-5)
 
 
 def test_tokenizers_without_a_prefix_are_scored_from_their_eos(model, tokenizer, moby_dick):
