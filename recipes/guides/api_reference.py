@@ -13,7 +13,9 @@ from hf_lm.cli import COMMANDS
 MODULES = (
     "tokenization", "data.documents", "data.packing", "data.examples", "training.run", "training.trainer",
     "training.optimizers", "training.adapters", "training.tasks.base", "evaluation.text", "evaluation.sentences",
-    "evaluation.quality", "evaluation.translation", "evaluation.conversation", "analysis.explain", "analysis.plan",
+    "evaluation.quality", "evaluation.probe", "evaluation.metrics.bits_per_byte", "evaluation.metrics.perplexity",
+    "evaluation.metrics.classification", "evaluation.translation", "evaluation.conversation", "analysis.explain",
+    "analysis.plan", "analysis.forecast", "analysis.report",
     "interop.convert", "interop.gguf", "hub.card", "hub.doctor", "hub.push",
 )  # fmt: skip
 

@@ -1,6 +1,9 @@
 """Every command and code block of the README and the guides runs, in order, page by page."""
 
+import argparse
 import contextlib
+import doctest
+import importlib
 import io
 import os
 import re
@@ -11,10 +14,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from hf_lm import HfLmConfig
 from hf_lm.cli import COMMANDS, main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -115,6 +121,83 @@ def test_every_block_of_a_page_runs(page, workplace):
         else:
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+def test_examples_of_the_reference_run(workplace):
+    sources = [path for path in sorted((REPOSITORY / "hf_lm").rglob("*.py")) if ">>> " in path.read_text()]
+    assert len(sources) >= 3
+    for path in sources:
+        name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+        assert result.attempted and not result.failed, name
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.M)
+        assert set(fences[::2]) <= {"bash", "python"} and set(fences[1::2]) <= {""}, page
+        assert len(blocks(page)) == len(fences) // 2, page
+
+
+def test_what_pip_is_told_is_told_by_the_workflow_too_and_extras_exist():
+    workflow = (REPOSITORY / ".ci" / "run").read_text().replace("pip install -q", "pip install")
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for names in re.findall(r"""pip install (?:-e )?["'](?:\.|hf-lm)\[([\w,-]+)\]""", text):
+            assert set(names.split(",")) <= set(extras), f"{page}: {names}"
+    for _, text in blocks(REPOSITORY / "README.md"):
+        for command in re.findall(r"^pip install [^&\n]*[^&\s]", text, re.M):
+            assert command in workflow, command
+
+
+def test_options_and_keys_named_in_a_sentence_exist():
+    from hf_lm.data.arguments import DataArguments
+    from hf_lm.training.arguments import HfLmTrainingArguments, ModelArguments
+
+    keys = {field.name for group in (ModelArguments, DataArguments, HfLmTrainingArguments) for field in fields(group)}
+    options, parser = {"--help", "--debug", *(f"--{key}" for key in keys)}, argparse.ArgumentParser()
+    options |= {f"--{key.replace('_', '-')}" for key in keys}
+    for module, _ in COMMANDS.values():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"hf_lm.cli.{module}").add_arguments(parser)
+        options |= set(parser._option_string_actions)
+    keys |= {field.name for field in fields(HfLmConfig)}
+    for page in (REPOSITORY / "README.md", *(page for page in PAGES if page.parent == GUIDES)):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        for span in re.findall(r"`([^`]+)`", text):
+            if command := re.match(r"hf-lm ([a-z][a-z-]*)", span):
+                assert command[1] in COMMANDS, f"{page}: {span}"
+            if not span.startswith(("pip ", "accelerate ", "torchrun ")):
+                assert set(re.findall(r"(?<!\S)--[\w-]+", span)) <= options, f"{page}: {span}"
+            if key := re.fullmatch(r"([a-z0-9]+(?:_[a-z0-9]+)+)(?:: .*)?", span):
+                assert key[1] in keys, f"{page}: {span}"
+
+
+def test_the_chinese_readme_keeps_step():
+    english, chinese = (
+        path.read_text(encoding="utf-8") for path in (REPOSITORY / "README.md", GUIDES / "README.zh.md")
+    )
+
+    def code(page: Path) -> list[str]:
+        return [re.sub(r"#.*", "", text) for _, text in blocks(page)]
+
+    assert [text for text in code(GUIDES / "README.zh.md") if text in code(REPOSITORY / "README.md")] == code(REPOSITORY / "README.md")  # fmt: skip
+    for pattern in (r"^#+ ", r"^\|", r"^!\["):  # headings, rows, pictures
+        assert len(re.findall(pattern, chinese, re.M)) == len(re.findall(pattern, english, re.M)), pattern
+    numbers = [set(re.findall(r"\d[\d,.]*\d|\d", text)) for text in (english, chinese)]
+    assert numbers[0] <= numbers[1]
+    spans = [
+        {part for span in re.findall(r"`([^`\n]+)`", text) for part in span.split("`, `")}
+        for text in (english, chinese)
+    ]
+    assert spans[0] <= spans[1]
+    linked = [
+        {(page.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s:]+)\)", text)}
+        for page, text in ((REPOSITORY / "README.md", english), (GUIDES / "README.zh.md", chinese))
+    ]
+    assert linked[0] - {GUIDES / "README.zh.md"} <= linked[1]
 
 
 def test_links_lead_somewhere():
