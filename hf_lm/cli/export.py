@@ -1,6 +1,7 @@
 """Hand a model on as a native checkpoint, GGUF or ONNX: hf-lm export SRC DST --to native."""
 
 import argparse
+import os
 
 from .import_ import add_shared, read_text, show
 
@@ -17,6 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.dtype == "q8_0" and arguments.to != "gguf":
         raise InputError(f"--dtype q8_0 is for --to gguf only, got --to {arguments.to}.")
+    if os.path.isfile(os.path.join(arguments.source, "adapter_config.json")):
+        raise InputError(f"SRC: {arguments.source} is an adapter; hf-lm merge takes it into its base model first.")
     text = read_text(arguments.text)
     from .. import register_auto_classes
 

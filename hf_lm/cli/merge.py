@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.adapters import merge_adapter
 
     model, tokenizer = merge_adapter(arguments.adapter, arguments.base), load_tokenizer(arguments.adapter)
+    if model.config.pad_token_id is None:  # of a classifier: where a text ends
+        model.config.pad_token_id = tokenizer.pad_token_id
     aside = output.with_name(f".{output.name}.saving")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)

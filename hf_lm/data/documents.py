@@ -248,13 +248,13 @@ def _load_dataset(arguments: DataArguments, keep) -> dict:
 
 def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
     """
-    Split off the end: of several documents the last ones; of a single one the last `percentage` per cent of its
+    Split off the end: of several rows the last ones; of a single document the last `percentage` per cent of its
     characters, exactly `text[int(len(text) * (100 - percentage) / 100):]`. Nothing crosses the boundary.
 
     Raises:
         InputError: one of the two parts would be empty.
     """
-    if len(documents) > 1:
+    if len(documents) > 1 or documents.column_names != ["text"]:
         count = math.ceil(len(documents) * percentage / 100)
         boundary = len(documents) - count
         if boundary == 0:

@@ -1,14 +1,18 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) by the library `peft`: put on, taken into the weights."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..errors import InputError
+from ..hub.files import read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SAMPLED = 4096  # numbers of each weight
 
 
 def _peft():
@@ -17,6 +21,35 @@ def _peft():
     except ImportError as error:
         raise InputError('use_peft: needs the package peft: pip install "hf-lm[peft]".') from error
     return peft
+
+
+def base_sha256(model) -> str | None:
+    """
+    SHA-256 of the start of each weight below the head, in bfloat16 (whatever it was loaded in), without an adapter's.
+
+    Returns:
+        None if the weights are not all here.
+    """
+    weights = {name.replace(".base_layer", ""): weight for name, weight in model.base_model.named_parameters()}
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if ".lora_" in name:
+            continue
+        part = weights[name].detach().flatten()[:SAMPLED].to("cpu", torch.bfloat16)
+        if not len(part) or part.is_meta:
+            return None
+        digest.update(name.encode() + part.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_base(folder: str, model) -> None:
+    """
+    Raises:
+        InputError: the adapter that a run wrote to `folder` was trained on other weights than those of `model`.
+    """
+    trained_on = read_json(Path(folder) / "metrics.json").get("base_model") or {}
+    if trained_on.get("sha256") not in (None, base_sha256(model)):
+        raise InputError(f"{folder}: the adapter was made for another model: the base model has other weights.")
 
 
 def add_adapter(model, arguments, task_type: str = "CAUSAL_LM"):
@@ -35,7 +68,9 @@ def add_adapter(model, arguments, task_type: str = "CAUSAL_LM"):
         target_modules=arguments.lora_target_modules or "all-linear",
         task_type=task_type,
     )
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    adapted.base_sha256 = base_sha256(model)  # for metrics.json
+    return adapted
 
 
 def merge_adapter(folder: str, base: str | None = None):
@@ -54,17 +89,23 @@ def merge_adapter(folder: str, base: str | None = None):
     if not path.is_file():
         raise InputError(f"{folder}: holds no adapter ({ADAPTER_CONFIG} is missing).")
     try:
-        base = base or json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(base)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, auto_class, heads = base or config["base_model_name_or_path"], AutoModelForCausalLM, {}
+        if config.get("task_type") == "SEQ_CLS":
+            auto_class, labels = AutoModelForSequenceClassification, read_json(path.with_name("metrics.json"))
+            names = dict(enumerate(labels.get("labels") or []))
+            heads = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
+        model = auto_class.from_pretrained(base, **heads)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: its base model {base} cannot be loaded: {error}") from error
+    check_base(folder, model)
     try:
         adapted = peft.PeftModel.from_pretrained(model, folder)
-        missing = set(peft.get_peft_model_state_dict(adapted)) - set(load_file(Path(folder) / ADAPTER_WEIGHTS))
+        expected, found = peft.get_peft_model_state_dict(adapted), load_file(Path(folder) / ADAPTER_WEIGHTS)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: the adapter was made for another model than {base}.") from error
-    if missing:
+    if different := set(expected) ^ set(found):
         raise InputError(
-            f"{folder}: the adapter was made for another model than {base}: it has nothing for {min(missing)}."
+            f"{folder}: the adapter was made for another model than {base}: only one of them has {min(different)}."
         )
     return adapted.merge_and_unload()

@@ -101,6 +101,8 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
     }
     if model_arguments.model_name_or_path is not None:
         facts["base_model"] = {"id": model_arguments.model_name_or_path}
+        if digest := getattr(trainer.model, "base_sha256", None):  # an adapter fits these weights only
+            facts["base_model"]["sha256"] = digest
     if arguments.device.type == "cuda":
         facts["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
     return facts

@@ -2,14 +2,16 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_lm.cli import main
 from hf_lm.data.packing import IGNORED
@@ -97,6 +99,9 @@ def test_a_model_without_a_template_is_told(tmp_path, recipe, capsys):
         ([{"question": "Why?"}], "needs a column messages .or prompt and completion.; it has question"),
         ([{"messages": turns("Why?", "So.")}, {"messages": turns("Why?")}], "row 1 has no message of the assistant"),
         ([{"messages": turns("Why?", "")}], "row 0 is not a list of messages"),
+        ([{"messages": turns("Why?", " \n")}], "row 0 is not a list of messages"),
+        ([{"messages": [{"role": "assistant", "content": ["So."]}]}], "row 0 is not a list of messages"),
+        ([{"prompt": 1, "completion": 2}], "row 0 is not a list of messages"),
         ([{"messages": turns("word " * 200, "So.")}] * 2, "all 2 examples are longer than block_size 64"),
     ],
 )
@@ -110,6 +115,12 @@ def test_prompt_and_completion_are_a_conversation(chat, tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": a, "completion": b} for a, b in PAIRS])
     trainer = trainer_of(chat(train_file=path, test_file=None, validation_split_percentage=0, packing=False))
     assert "Call me Ishmael." in trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+
+
+def test_one_conversation_cannot_be_split(chat, tmp_path):
+    path = write_rows(tmp_path / "one.jsonl", [{"messages": turns(*PAIRS[0])}])
+    with pytest.raises(InputError, match="validation_split_percentage: 10.0 per cent of 1 documents leaves none"):
+        trainer_of(chat(train_file=path, test_file=None))
 
 
 def test_a_template_without_the_mark_is_refused(chat, tmp_path):
@@ -150,9 +161,51 @@ def test_an_adapter_is_trained_reloaded_merged_and_handed_on(chat, tmp_path, cap
     capsys.readouterr()
     assert main(["merge", str(run), str(tmp_path / "none"), "--base", str(other)]) == 2
     assert "made for another model" in capsys.readouterr().err
+    weights = load_file(run / "adapter_model.safetensors")
+    deeper = {name.replace("layers.1", "layers.2"): value.clone() for name, value in weights.items()}
+    save_file(weights | deeper, run / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert main(["merge", str(run), str(tmp_path / "none")]) == 2
+    assert "only one of them has base_model.model.model.layers.2" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="cannot be loaded"):
         merge_adapter(str(run), str(tmp_path / "gone"))
+
+
+@pytest.mark.slow
+def test_an_adapter_fits_the_weights_it_was_trained_on_and_goes_on_natively(chat, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(*chat(output_dir="first", max_steps=1, eval_strategy="no", save_strategy="no"))
+    tokenizer = AutoTokenizer.from_pretrained("first")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    for name in ("base", "other"):
+        LlamaForCausalLM(config).save_pretrained(f"{name}_llama")
+        tokenizer.save_pretrained(f"{name}_llama")
+        assert main(["import", f"{name}_llama", name]) == 0
+    keys = {"model_name_or_path": "base", "use_peft": True, "muon_learning_rate": None, "config_overrides": None}
+    train(*chat(**keys, output_dir="run", max_steps=4, eval_strategy="no"))
+    assert main(["merge", "run", "merged"]) == 0
+    assert main(["export", "merged", "native"]) == 0
+    native = AutoModelForCausalLM.from_pretrained("native").eval()
+    assert type(native) is LlamaForCausalLM
+    ids = tokenizer("Who are you?", return_tensors="pt").input_ids
+    adapted = AutoModelForCausalLM.from_pretrained("run").eval()
+    torch.testing.assert_close(native(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+
+    assert main(["export", "run", "none"]) == 2
+    assert "is an adapter; hf-lm merge takes it into its base model first" in capsys.readouterr().err
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
+        assert main(["chat", "run", "--max-new-tokens", "2", "--dtype", dtype]) == 0
+    capsys.readouterr()
+    assert main(["merge", "run", "none", "--base", "other"]) == 2
+    shutil.rmtree("base")
+    shutil.copytree("other", "base")
+    for words in (["chat", "run"], ["merge", "run", "none"]):
+        assert main(words) == 2
+    assert capsys.readouterr().err.count("made for another model: the base model has other weights") == 3
+    assert not Path("none").exists()
 
 
 @pytest.mark.slow

@@ -263,6 +263,10 @@ BAD = {
     "all dropped": ({"block_size": 3, "long_examples": "drop"}, "long_examples: train: 400 of 400"),
     "unknown balance": ({"class_balance": "yes"}, "class_balance: must be none or oversample, got 'yes'"),
     "unknown task": ({"task": "label-likelyhood"}, "task: .*did you mean 'label-likelihood'"),
+    "no evaluation": (
+        {"split_column_name": None, "validation_split_percentage": 0, "early_stopping_patience": 1},
+        "early_stopping_patience: needs held-out data and an eval_strategy",
+    ),
     "patience": ({"early_stopping_patience": 0}, "early_stopping_patience: must be at least 1"),
 }
 
@@ -282,6 +286,8 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(task_recipe, 
         (lambda rows: rows.assign(text=""), "every row of column text is empty"),
         (lambda rows: rows.assign(label=[None, *rows["label"][1:]]), "class_names: train has the label None"),
         (lambda rows: rows.assign(label=0.5), "column label holds (float64|double)"),
+        (lambda rows: rows.assign(label=[["Latin"]] * len(rows)), "column label holds list"),
+        (lambda rows: rows.assign(text=" \n"), "train: holds 0 examples; at least two are needed"),
         (lambda rows: rows.assign(label="Latin"), "class_names: two or more different labels are needed, got Latin"),
     ],
 )
@@ -297,10 +303,29 @@ def test_examples_are_shown_with_their_label(task_recipe, capsys):
 
 
 def test_empty_texts_are_left_out_and_counted(task_recipe, rows, caplog):
-    rows.loc[:4, "text"] = ""
+    rows.loc[:4, "text"] = ["", "", "", "", " \n"]
     task, _ = build(task_recipe(rows=rows))
     assert len(task.rows["train"]) == 395
-    assert "5 of 400 rows of column text are empty and left out" in caplog.text
+    assert "4 of 400 rows of column text are empty and left out" in caplog.text
+    assert "train: 1 texts are nothing but white space and left out" in caplog.text
+
+
+@pytest.mark.slow  # needs peft, which the long tests install
+@pytest.mark.parametrize("task", TASKS)
+def test_an_adapter_and_its_head_are_saved_and_merged(task_recipe, base, tmp_path, rows, task):
+    keys = {"model_name_or_path": base, "use_peft": True, "config_overrides": None, "muon_learning_rate": None}
+    metrics = run(task_recipe(task=task, **keys, max_steps=60, learning_rate=0.02))
+    assert metrics["accuracy"] > 0.8
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    if task == "sequence-classification":
+        classify = pipeline("text-classification", model=str(tmp_path / "merged"))
+        test = rows[rows["split"] == "test"]
+        found = [row["label"] for row in classify(test["text"].tolist(), batch_size=8, truncation=True, max_length=96)]
+        assert (test["label"].to_numpy() == found).mean() == metrics["accuracy"]
+    else:
+        again = task_recipe(task=task, **keys | {"model_name_or_path": str(tmp_path / "merged"), "use_peft": False})
+        (before,) = run(again, "--max_steps", "1", "--output_dir", str(tmp_path / "again"))["baselines"]
+        assert before["accuracy"] == metrics["accuracy"]
 
 
 @pytest.mark.slow

@@ -158,6 +158,8 @@ class Task:
             evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
         if evaluation is None:
             arguments.eval_strategy = "no"
+        if arguments.early_stopping_patience is not None and arguments.eval_strategy == "no":
+            raise InputError("early_stopping_patience: needs held-out data and an eval_strategy, steps or epoch.")
         sized = evaluation is not None and "num_bytes" in evaluation.column_names
         return HfLmTrainer(
             model=model,

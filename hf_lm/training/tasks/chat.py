@@ -35,6 +35,10 @@ def use_chat_template(tokenizer) -> None:
             tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
 
 
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _check(rows, where: str):
     """
     Rows with `messages` (or `prompt` and `completion`, which are made into some).
@@ -49,8 +53,10 @@ def _check(rows, where: str):
         raise InputError(f"{where}: needs a column messages (or prompt and completion); it has {', '.join(names)}.")
     for number, row in enumerate(rows):
         turns = row["messages"]
-        if not turns or not all(isinstance(turn, dict) and turn.get("role") and turn.get("content") for turn in turns):
-            raise InputError(f"{where}: row {number} is not a list of messages with role and content, none empty.")
+        if not turns or not all(isinstance(turn, dict) and turn.get("role") and _is_text(turn.get("content")) for turn in turns):  # fmt: skip
+            raise InputError(
+                f"{where}: row {number} is not a list of messages with role and content (texts), none empty."
+            )
         if not any(turn["role"] == "assistant" for turn in turns):
             raise InputError(f"{where}: row {number} has no message of the assistant, so nothing to learn.")
     return rows
@@ -101,10 +107,8 @@ class Chat(Task):
         rows = self.rows.get("test", self.rows.get("validation"))
         if rows is not None:
             answers = first_answers(trainer.model, trainer.processing_class, rows)
-            scores |= {
-                "self_ended": sum(row["ended"] for row in answers) / max(len(answers), 1),
-                "answers": len(answers),
-            }
+            if answers:
+                scores |= {"self_ended": sum(row["ended"] for row in answers) / len(answers), "answers": len(answers)}
         return scores
 
     def summary(self, metrics: dict) -> str:

@@ -67,8 +67,12 @@ class Classification(Task):
                 names = ", ".join(rows.column_names)
                 raise InputError(f"label_column_name: {where} has no column {column}; it has {names}.")
             rows = with_text(rows, arguments.text_column_name, where, beside=[column])
+            some = rows.filter(str.strip, input_columns="text")
+            if len(some) < len(rows):
+                logger.warning(f"{where}: {len(rows) - len(some)} texts are nothing but white space and left out.")
+            rows = some
             if len(rows) < 2:
-                raise InputError(f"{where}: holds one example; at least two are needed.")
+                raise InputError(f"{where}: holds {len(rows)} examples; at least two are needed.")
             return rows.shuffle(self.training_arguments.seed)  # files are often sorted by their labels
 
         rows = load_rows(arguments, keep)
@@ -86,9 +90,11 @@ class Classification(Task):
 
     def name_labels(self, rows: Dataset, column: str) -> dict:
         """Sets `names`: those declared, or all that occur; returns the number of each value of the column."""
-        feature, values = rows.features[column], sorted(set(rows[column]) - {None})
-        if not all(isinstance(value, str | int) for value in values):
-            raise InputError(f"label_column_name: column {column} holds {feature.dtype}; a label is text or a number.")
+        feature = rows.features[column]
+        if not all(isinstance(value, str | int | None) for value in rows[column]):
+            kind = getattr(feature, "dtype", "lists")
+            raise InputError(f"label_column_name: column {column} holds {kind}; a label is text or a whole number.")
+        values = sorted(set(rows[column]) - {None})
         declared = self.data_arguments.class_names or (feature.names if isinstance(feature, ClassLabel) else None)
         self.names = [str(name) for name in declared or values]
         if len(self.names) < 2 or len(set(self.names)) < len(self.names):
@@ -207,6 +213,7 @@ class SequenceClassification(Classification):
     """A head on the last token's state, trained together with all that is below it."""
 
     auto_class = model_class = HfLmForSequenceClassification
+    peft_task_type = "SEQ_CLS"  # the head is trained whole and saved beside the adapter
 
     def encode(self, rows: Dataset, tokenizer, split: str) -> Dataset:
         return Dataset.from_list(
