@@ -14,7 +14,7 @@ from ..errors import InputError
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
 # Of a training run, not of the model: never pushed. Folders first.
 NOT_THE_MODEL = re.compile(
-    r"(^|/)(checkpoint-\d+|runs|logs|wandb|__pycache__|\.[^/]*)(/|$)|(^|/)events\.out\.|\.tmp$|~$"
+    r"(^|/)([^/]*checkpoint-\d+|runs|logs|wandb|__pycache__|\.[^/]*)(/|$)|(^|/)events\.out\.|\.tmp$|~$"
 )
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the library's own limit
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")

@@ -127,7 +127,8 @@ class HfLmTrainingArguments(TrainingArguments):
         "learning_rate", "muon_learning_rate", "lr_scheduler_type", "lr_decay_ratio", "warmup_steps", "max_steps",
         "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1",
         "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16", "world_size",
-        "train_sampling_strategy", "early_stopping_patience",
+        "train_sampling_strategy", "early_stopping_patience", "lr_scheduler_kwargs", "optim_args",
+        "label_smoothing_factor", "neftune_noise_alpha", "dataloader_drop_last",
     )  # fmt: skip
 
     also_decisive: ClassVar[dict] = {}  # keys of model and data, where a recipe is run

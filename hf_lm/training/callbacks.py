@@ -79,6 +79,7 @@ class SampleCallback(TrainerCallback):
         return [board.tb_writer for board in boards if board.tb_writer is not None]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # that of an adapter
         for board in self._boards() if args.log_graph else ():
             with torch.random.fork_rng(devices=[]):  # another of its kind: this one's forward is wrapped by now
                 board.add_graph(type(model)(model.config).eval(), torch.zeros(1, 8).long(), use_strict_trace=False)

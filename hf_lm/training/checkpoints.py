@@ -19,12 +19,13 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from torch.serialization import get_crc32_options, set_crc32_options
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..errors import InputError
 
 MANIFEST = "manifest.json"
-ASIDE = ".saving"
+ASIDE = "_saving"  # with such a name, the trainer's pushes to the Hub leave it out
 # What exact resumption needs, and what is lost without it.
 NEEDED = {"trainer_state.json": "the step", "*.safetensors*": "the weights"}
 CAN_START_ANEW = {
@@ -156,7 +157,7 @@ def damage(folder: Path, contents: bool = True) -> str | None:
 
 def newest_valid(run: Path, report=print) -> Path | None:
     """
-    The newest checkpoint of a run that is as it was written. Newer, damaged ones are renamed to `damaged-...`, and
+    The newest checkpoint of a run that is as it was written. Newer, damaged ones are renamed to `_damaged-...`, and
     `report` is told why.
     """
     shutil.rmtree(run / ASIDE, ignore_errors=True)
@@ -167,7 +168,7 @@ def newest_valid(run: Path, report=print) -> Path | None:
         reason = damage(folder)
         if reason is None:
             return folder
-        aside = folder.with_name(f"damaged-{folder.name}")
+        aside = folder.with_name(f"_damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
         report(f"{folder} is damaged: {reason}. It was set aside as {aside.name}.")
@@ -207,15 +208,16 @@ def require_complete(
         )
 
 
-def checkpoint_to_resume(arguments) -> Path:
+def checkpoint_to_resume(arguments, named: str | None = None) -> Path:
     """
-    The newest valid checkpoint in `output_dir`; one process looks, all learn what it found.
+    The newest valid checkpoint in `output_dir`, or the one that is named; one process looks, all learn what it found.
 
     Args:
         arguments: `HfLmTrainingArguments`.
+        named: one without a manifest (the stock trainer's) is taken as it is.
 
     Raises:
-        InputError: there is none, or see `require_complete`.
+        InputError: there is none, or it is damaged, or see `require_complete`.
     """
 
     def report(line: str) -> None:
@@ -224,11 +226,16 @@ def checkpoint_to_resume(arguments) -> Path:
     found: list = [None, None]
     if arguments.process_index == 0:
         try:
-            found[0] = newest_valid(Path(arguments.output_dir), report)
+            found[0] = Path(named) if named else newest_valid(Path(arguments.output_dir), report)
             if found[0] is None:
                 raise InputError(f"output_dir: {arguments.output_dir} holds no valid checkpoint to resume from.")
-            choices = (arguments.allow_changes, arguments.restart_missing_state)
-            require_complete(found[0], arguments.decisive(), *choices, report)
+            if named and not (found[0] / TRAINER_STATE_NAME).exists():
+                raise InputError(f"resume_from_checkpoint: {named} is no checkpoint.")
+            if (found[0] / MANIFEST).exists():
+                if named and (reason := damage(found[0])):
+                    raise InputError(f"{named} is damaged: {reason}.")
+                choices = (arguments.allow_changes, arguments.restart_missing_state)
+                require_complete(found[0], arguments.decisive(), *choices, report)
         except InputError as error:
             found[1] = error
     checkpoint, error = broadcast_object_list(found)

@@ -93,5 +93,8 @@ class Watch:
             return f"{start} to {start + size - 1} of the stream"
         updates = math.ceil(len(loader) / count)
         start = trainer.state.global_step % updates * count
+        order = getattr(sampler_of(loader), "generator", None)
+        if order is not None:  # it has gone on since the epoch's start
+            order.manual_seed(order.initial_seed())
         with torch.random.fork_rng(devices=[]):  # some samplers draw from it
             return ", ".join(str(row) for batch in islice(loader.batch_sampler, start, start + count) for row in batch)

@@ -25,13 +25,12 @@ from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
 from .checkpoints import checkpoint_to_resume
 from .hardware import keep_freed_memory
 from .tasks import task_class
-from .trainer import HfLmTrainer
+from .trainer import STOPPER_COUNT, HfLmTrainer
 
 # Keys of model and data that a run may change on the way: they do not touch what it trains on.
 FREE_TO_CHANGE = {
     "license", "language", "data_license", "show_examples", "validation_file", "test_file", "max_eval_samples",
 }  # fmt: skip
-STOPPER_COUNT = "early_stopping_patience_counter"  # of upstream's callback, as checkpoints hold it
 
 
 class Interrupted(Exception):
@@ -69,19 +68,6 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     return None
 
 
-def is_finished(state: TrainerState, max_steps: int) -> bool:
-    """
-    Whether a checkpoint's state is of the run's last step: the stock trainer would train one step more.
-
-    Args:
-        max_steps: that is wanted now; -1 for as many as it was made for.
-    """
-    stopper = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-    if stopper and stopper["attributes"][STOPPER_COUNT] >= stopper["args"]["early_stopping_patience"]:
-        return True
-    return state.global_step >= (max_steps if max_steps > 0 else state.max_steps)
-
-
 def show_examples(trainer: HfLmTrainer, count: int) -> None:
     """Print the first training examples as the model sees them; what it does not learn to predict is dimmed."""
     for row in itertools.islice(trainer.train_dataset, count):
@@ -104,29 +90,24 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
         trainer.remove_callback(callback)
     for callback in (progress, SampleCallback(trainer), interrupt, PushCallback()):
         trainer.add_callback(callback)
-    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else TrainerState()
     if trainer.args.early_stopping_patience is not None:
+        state = (
+            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else TrainerState()
+        )
         stopper = EarlyStoppingCallback(trainer.args.early_stopping_patience)
         saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
         if saved:  # upstream would count from 0 again
             stopper.early_stopping_patience_counter = saved["attributes"][STOPPER_COUNT]
         trainer.add_callback(stopper)
-    if checkpoint and is_finished(state, trainer.args.max_steps):
-        print(f"The run of {checkpoint} has finished training; only what comes after is done.", file=sys.stderr)
-        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)
-        trainer.restore_progress(checkpoint)
-        trainer.state = state
-    else:
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except UnpicklingError as error:
-            raise InputError(
-                f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state.pth holds more than numbers."
-            ) from error
-        finally:
-            progress.close()
-            interrupt.restore()
+    try:
+        trainer.go_on(checkpoint)
+    except UnpicklingError as error:
+        raise InputError(
+            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state.pth holds more than numbers."
+        ) from error
+    finally:
+        progress.close()
+        interrupt.restore()
     if interrupt.signal is not None:
         checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         raise Interrupted(interrupt.signal, os.path.join(trainer.args.output_dir, checkpoint))

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 from transformers.utils import logging
 
 from ..data.packing import IGNORED
@@ -43,6 +45,7 @@ from .divergence import TrainingDiverged, Watch, norm_of, sampler_of
 from .optimizers import MuonAdamW
 
 logger = logging.get_logger(__name__)
+STOPPER_COUNT = "early_stopping_patience_counter"  # of upstream's callback, as checkpoints hold it
 
 
 class HfLmTrainer(Trainer):
@@ -53,7 +56,7 @@ class HfLmTrainer(Trainer):
       not depend on batch size or number of processes. A `compute_metrics` of your own takes its place.
     - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `MuonAdamW`).
     - a checkpoint appears complete or not at all (see `checkpoints.py`), and a run goes on from it to the same bits.
-      `train(resume_from_checkpoint=True)` takes the newest valid one.
+      `train(resume_from_checkpoint=True)` takes the newest valid one. A run that has finished is not trained further.
     - a NaN or infinite loss or gradient raises `TrainingDiverged` before the optimizer steps, or does what
       `args.on_divergence` says.
     - a stream is read over and over, and each process takes its share of it.
@@ -93,19 +96,45 @@ class HfLmTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoint_to_resume(self.args))
         if resume_from_checkpoint:
-            self.restore_progress(resume_from_checkpoint)
+            named = None if resume_from_checkpoint is True else resume_from_checkpoint
+            resume_from_checkpoint = str(checkpoint_to_resume(self.args, named))
+        return self.go_on(resume_from_checkpoint, **kwargs)
+
+    def go_on(self, checkpoint: str | None, **kwargs) -> TrainOutput:
+        """`train`, from a checkpoint on that `checkpoint_to_resume` has found good."""
+        if checkpoint:
+            self.restore_progress(checkpoint)
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            if self._is_finished(state):
+                if self.is_world_process_zero():
+                    print(
+                        f"The run of {checkpoint} has finished training; only what comes after is done.",
+                        file=sys.stderr,
+                    )
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         self._clock = time.perf_counter()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self._finish_saving()
             self._count_time()
 
+    def _is_finished(self, state: TrainerState) -> bool:
+        """Whether a checkpoint's state is of the run's last step: the stock trainer would train one step more."""
+        stopper = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        if stopper and stopper["attributes"][STOPPER_COUNT] >= stopper["args"]["early_stopping_patience"]:
+            return True
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return state.epoch >= self.args.num_train_epochs
+
     def _finalize_training(self, *args):
         self._finish_saving()
+        self.accelerator.wait_for_everyone()  # the best checkpoint is in its place: all processes load it
         return super()._finalize_training(*args)
 
     def _count_time(self) -> None:
@@ -146,7 +175,12 @@ class HfLmTrainer(Trainer):
         if is_training and isinstance(dataset, IterableDataset):
             loader = self._get_stream_loader(dataset, *args, **kwargs)
         else:
-            loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            drops = self.args.dataloader_drop_last
+            self.args.dataloader_drop_last = drops and is_training  # what is held out is evaluated to the last row
+            try:
+                loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            finally:
+                self.args.dataloader_drop_last = drops
         inner = getattr(loader, "base_dataloader", loader)  # of accelerate's, which only passes on
         inner.worker_init_fn = partial(outlive_first_signal, inner.worker_init_fn)
         return loader
@@ -172,6 +206,21 @@ class HfLmTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):  # would draw from numbers that a checkpoint restores too late
             sampler.generator = torch.Generator().manual_seed(self.args.seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, *args):
+        return super().get_batch_samples(map(self._without_repetitions, epoch_iterator), *args)
+
+    def _without_repetitions(self, batch: dict) -> dict:
+        """
+        The batch; where it is an epoch's last, without the labels of rows that are there a second time. (Of several
+        processes, those that have none left get the epoch's first rows again, so that all have a batch of the same size.)
+        """
+        args, rows, labels = self.args, self._rows(), batch.get("labels")
+        is_last = self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last
+        if args.world_size > 1 and rows and is_last and self.model_accepts_loss_kwargs and labels.ndim == 2:
+            left = rows % (args.world_size * len(labels)) or rows
+            labels[max(left - args.process_index * len(labels), 0) :] = IGNORED
+        return batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.watch.count:
@@ -215,7 +264,12 @@ class HfLmTrainer(Trainer):
         if self.args.lr_scheduler_type == "warmup_stable_decay" and not self.args.lr_scheduler_kwargs:
             warmup = self.args.get_warmup_steps(num_training_steps)
             decay = min(round(num_training_steps * self.args.lr_decay_ratio), num_training_steps - warmup)
+            given = self.args.lr_scheduler_kwargs  # as a checkpoint's manifest keeps it
             self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
+            try:
+                return super().create_scheduler(num_training_steps, optimizer)
+            finally:
+                self.args.lr_scheduler_kwargs = given
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_eval_sampler(self, eval_dataset) -> None:
@@ -246,11 +300,21 @@ class HfLmTrainer(Trainer):
         try:
             with without_crc32(), whole_or_nothing(run, name):
                 super()._save_checkpoint(model, trial)
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():  # upstream looks for it beside the one being saved
+                self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()
         finally:
             self._saving_aside, self.args.save_total_limit = False, limit
         if self.args.should_save:
             self._sealing = self._thread.submit(self._seal_checkpoint(run, name, limit))
+        if self.args.push_to_hub:
+            self._finish_saving()
+            self._push_from_checkpoint(str(run / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving_aside:  # else it is moved while it is uploaded
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_saving(self) -> None:
         """Wait until the last checkpoint is in its place; raise what kept it from getting there."""
@@ -265,9 +329,8 @@ class HfLmTrainer(Trainer):
     def _seal_checkpoint(self, run: Path, name: str, limit: int | None) -> Callable[[], None]:
         """What is left to do for a checkpoint that is written: it reads nothing that training changes."""
         folder, keep = run / ASIDE / name, [run / name]
-        if self.state.best_global_step:  # upstream looks for the best checkpoint beside the one being saved
-            keep.append(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            self.state.best_model_checkpoint = str(keep[-1])
+        if self.state.best_model_checkpoint:
+            keep.append(Path(self.state.best_model_checkpoint))
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self._count_time()
         progress = {
@@ -288,6 +351,8 @@ class HfLmTrainer(Trainer):
         return seal_it
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        if self._sealing.done():  # what went wrong is said now, not after the work of all steps until the next save
+            self._finish_saving()
         self._pace = self._pace or (time.perf_counter(), self.train_tokens)
         self.train_tokens += inputs["input_ids"].numel() * self.args.world_size
         if not self._losses and self.is_in_train:

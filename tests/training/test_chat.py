@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,16 +78,31 @@ def test_packed_conversations_hold_every_example_once(chat):
         assert sum(int(row[name].sum()) for row in packed) == sum(int(row[name].sum()) for row in single)
 
 
-def test_a_trained_model_answers_and_stops(chat, tmp_path, monkeypatch, capsys):
-    metrics = train(*chat(max_steps=120, eval_strategy="no", save_strategy="no", learning_rate=0.01))
+class Pieces(io.StringIO):
+    """What is written, and what of it had been shown at each flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def flush(self):
+        self.shown.append(self.getvalue())
+
+
+def test_a_trained_model_answers_remembers_and_stops(chat, tmp_path, monkeypatch, capsys):
+    rows = [{"messages": turns(question, answer, "Again?", answer)} for question, answer in PAIRS * 8]
+    data = {name: write_rows(tmp_path / "chat.jsonl", rows) for name in ("train_file", "test_file")}
+    metrics = train(*chat(**data, max_steps=200, eval_strategy="no", save_strategy="no", learning_rate=0.01))
     assert metrics["self_ended"] == 1.0 and metrics["answers"] == 3
     assert "answers end by themselves" in metrics["summary"]
     capsys.readouterr()
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n\n/new\nWho are you?\n" + "long " * 90 + "\n"))
+    asked = ["Who are you?", "Again?", "", "/new", "What is the sea?", "Again?", "long " * 90]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{text}\n" for text in asked)))
+    monkeypatch.setattr(sys, "stdout", output := Pieces())
     assert main(["chat", str(tmp_path / "run"), "--max-new-tokens", "12"]) == 0
-    output = capsys.readouterr()
-    assert output.out.splitlines() == [PAIRS[0][1]] * 2
-    assert "the model takes 64" in output.err
+    assert output.getvalue().splitlines() == [PAIRS[0][1]] * 2 + [PAIRS[1][1]] * 2
+    assert {"Call", "Call me"} <= {shown.strip() for shown in output.shown}  # long before the end
+    assert "the model takes 64" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_is_told(tmp_path, recipe, capsys):
@@ -129,6 +147,24 @@ def test_a_template_without_the_mark_is_refused(chat, tmp_path):
         trainer_of(chat(chat_template=str(tmp_path / "template.jinja")))
     with pytest.raises(InputError, match="does not exist"):
         trainer_of(chat(chat_template="none.jinja"))
+
+
+def test_every_answer_of_the_shipped_data_is_a_sentence_of_the_help(repository, tmp_path, monkeypatch):
+    folder = repository / "recipes" / "chat"
+    help_texts = pandas.read_parquet(folder.parent / "translation" / "data" / "help_en_de_zh.parquet")
+    english = {}
+    for split, rows in help_texts.groupby("split"):
+        sentences = set(rows[["en", "de", "zh"]].to_numpy().ravel())
+        made = [json.loads(line)["messages"] for line in (folder / "data" / f"{split}.jsonl").open(encoding="utf-8")]
+        assert made and all(turn["content"] in sentences for row in made for turn in row[1::2])
+        english[split] = {row[0]["content"] for row in made}
+    assert not english["train"] & english["test"] and not english["train"] & english["validation"]
+    (tmp_path / "translation").symlink_to(folder.parent / "translation")
+    (tmp_path / "chat" / "data").mkdir(parents=True)
+    shutil.copy(folder / "build_data.py", tmp_path / "chat")
+    runpy.run_path(str(tmp_path / "chat" / "build_data.py"), run_name="__main__")
+    for path in sorted((folder / "data").glob("*.jsonl")):
+        assert (tmp_path / "chat" / "data" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.slow  # needs peft, which the long tests install
@@ -220,3 +256,28 @@ def test_trl_takes_the_same_conversations(chat, tmp_path, repository, kind):
     done = subprocess.run([*command, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "hf_lm"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_two_processes_learn_as_one(chat, recipe, tmp_path, use_peft):
+    """A recipe of the task chat runs unchanged under a launcher: same losses, same answers."""
+    train(*chat(output_dir=str(tmp_path / "base"), max_steps=40, eval_strategy="no", save_strategy="no"))
+    rows = [{"messages": turns(*pair)} for pair in PAIRS * 8]
+    keys = {"task": "chat", "train_file": write_rows(tmp_path / "chat.jsonl", rows), "sample_prompts": None,
+            "model_name_or_path": str(tmp_path / "base"), "config_overrides": None, "muon_learning_rate": None,
+            "use_peft": use_peft, "logging_steps": 1, "max_steps": 6, "eval_strategy": "no"}  # fmt: skip
+    path = recipe(**keys)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    found = []
+    for words, size, name in (([], "4", "one"), (launch, "2", "two")):
+        command = [sys.executable, *words, "-m", "hf_lm", "train", path, "--output_dir", str(tmp_path / name)]
+        command += ["--per_device_train_batch_size", size]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        metrics, state = (json.loads((tmp_path / name / f"{file}.json").read_text()) for file in ("metrics", "trainer_state"))  # fmt: skip
+        found.append([metrics["bits_per_byte"], *(row["loss"] for row in state["log_history"] if "loss" in row)])
+        assert metrics["answers"] == 3
+    assert len(found[0]) == 7 and found[1] == pytest.approx(found[0], abs=1e-4)

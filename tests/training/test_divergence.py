@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_nan_stops_at_its_step_and_says_what_was_seen(build, tmp_path, accumulat
     saved = sorted((tmp_path / "run").glob("checkpoint-*"))
     assert [folder.name for folder in saved] == ([f"checkpoint-{n}" for n in (2, 4)] if accumulation == 1 else ["checkpoint-2"])  # fmt: skip
     assert not any(damage(folder) for folder in saved)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_rows_that_are_named_are_those_of_the_batch_in_any_order(build, caplog, strategy):
+    trainer = build((10,), on_divergence="skip", train_sampling_strategy=strategy, max_steps=48)
+    said, leave_out = [], trainer._leave_out
+    trainer._leave_out = lambda model, what: (said.append(what), leave_out(model, what))
+    trainer.train()
+    rows = [re.search(r"rows ([\d, ]+)", text)[1].split(", ") for text in said]
+    assert len(rows) == 2 and all("10" in batch for batch in rows)  # once in each epoch
 
 
 def test_an_infinite_gradient_is_seen_where_it_is_before_clipping_spreads_it(build):

@@ -22,6 +22,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hf_lm.training.checkpoints import ASIDE
+
 KILLS, IN_A_ROW = 10, 5  # of each case, at least; of one run, at most
 PRELOADED = [
     "hf_lm.cli.train", "hf_lm.training.run", "hf_lm.training.tasks.language_modeling", "hf_lm.hub.card",
@@ -194,11 +196,11 @@ def kill_again_and_again(
             time.sleep(moments.uniform(0, 1))
         elif run.wait_for_batches(moments.randint(2, batches // 3)):
             if moments.random() < 0.3:  # in the next saving
-                run.wait_for(folder / "run" / ".saving")
+                run.wait_for(folder / "run" / ASIDE)
             time.sleep(moments.uniform(0, 0.15))
         if run.kill(moments.randrange(processes), moments.choice([0, 0.05])):
             kills += 1
-            in_saving += (folder / "run" / ".saving").exists()
+            in_saving += (folder / "run" / ASIDE).exists()
     start().finish()
     return kills, in_saving, steps
 

@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,64 @@ def test_two_processes_train_and_evaluate_as_one(recipe, repository, tmp_path, m
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-3)
+
+
+def losses_and_weights(folder: str, processes: int) -> list[tuple[list[float], float, str]]:
+    """
+    Of runs over ragged rows that do not fill an epoch's last batch, with the best checkpoint loaded at the end: losses, the
+    sum of the weights' sizes, the best checkpoint's name.
+    """
+    from datasets import Dataset
+    from transformers.trainer_utils import set_seed
+
+    from hf_lm import HfLmConfig, HfLmForCausalLM
+    from hf_lm.data.collator import PackedCollator
+    from hf_lm.training import trainer as module
+    from hf_lm.training.arguments import HfLmTrainingArguments
+
+    def slowly(*arguments, **facts):  # whoever does not wait for the checkpoint does not find it
+        time.sleep(0.5)
+        seal(*arguments, **facts)
+
+    class Loading(module.HfLmTrainer):
+        def _load_best_model(self):
+            self.loaded = Path(self.state.best_model_checkpoint, "model.safetensors").is_file()
+            super()._load_best_model()
+
+    seal, module.seal = module.seal, slowly
+    found = []
+    for count, accumulation in ((25, 1), (27, 1), (26, 2), (3, 1)):
+        rows = []
+        for number in range(count):
+            ids = [3 + (number * 7 + place * place) % 90 for place in range(2 + 17 * number % 29)]
+            rows.append({"input_ids": ids, "labels": ids, "position_ids": list(range(len(ids)))})
+        arguments = HfLmTrainingArguments(
+            output_dir=f"{folder}/{count}", per_device_train_batch_size=4 // processes, max_steps=16, logging_steps=1,
+            gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=16, save_steps=16, bf16=False,
+            load_best_model_at_end=True, report_to="none", disable_tqdm=True, learning_rate=0.01,
+        )  # fmt: skip
+        set_seed(0)
+        model = HfLmForCausalLM(HfLmConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=96))
+        rows = Dataset.from_list(rows)
+        trainer = Loading(
+            model=model, args=arguments, train_dataset=rows, eval_dataset=rows.take(3), data_collator=PackedCollator(2)
+        )
+        trainer.train()
+        assert trainer.loaded
+        weight = sum(weight.double().abs().sum().item() for weight in model.parameters())
+        found.append((losses(Path(folder, str(count), "checkpoint-16")), weight, trainer.state.best_model_checkpoint))
+    return found
+
+
+@pytest.mark.slow
+def test_ends_of_epochs_and_of_runs_are_the_same_for_two_processes(tmp_path):
+    expected = losses_and_weights(str(tmp_path / "one"), 1)
+    for rank in launch(2, losses_and_weights, str(tmp_path / "two"), 2):
+        for (one, weight, _), (two, other, best) in zip(expected, rank, strict=True):
+            assert len(one) == len(two) == 16
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
+            assert other == pytest.approx(weight, rel=1e-5)
+            assert Path(best).parent.parent == tmp_path / "two"
 
 
 EVALUATED = 13  # rows: neither 2 processes nor any of the batch sizes divide them
@@ -125,7 +184,7 @@ def test_the_first_process_alone_writes(recipe, tmp_path):
     first, second = launch(2, run_of_one_rank, recipe(save_steps=6), str(tmp_path))
     assert {Path(name).name for name in first} >= {"metrics.json", "trainer_state.json", "samples.jsonl"}
     # its random numbers are all that a checkpoint needs of it
-    states = {f"rank1/.saving/checkpoint-{step}/rng_state_1.pth" for step in (6, 12)}
+    states = {f"rank1/_saving/checkpoint-{step}/rng_state_1.pth" for step in (6, 12)}
     assert second <= states
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("rank1/**/*") if path.is_file()} == states
     assert (tmp_path / "rank0" / "model.safetensors").exists() and (tmp_path / "rank0" / "loss_curve.png").exists()

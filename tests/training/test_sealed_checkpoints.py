@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ from hf_lm import HfLmForCausalLM
 from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
 from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
-from hf_lm.training.checkpoints import ASIDE, MANIFEST, damage, newest_valid, require_complete, rotate, seal
+from hf_lm.training.checkpoints import (
+    ASIDE,
+    MANIFEST,
+    checkpoint_to_resume,
+    damage,
+    newest_valid,
+    require_complete,
+    rotate,
+    seal,
+)
 from hf_lm.training.run import train
 from hf_lm.training.trainer import HfLmTrainer
 
@@ -51,7 +61,7 @@ def test_every_damage_is_found(tmp_path):
     assert "SHA-256" in damage(folder)
     said = []
     assert newest_valid(tmp_path, said.append) is None
-    assert len(said) == 6 and all("set aside as damaged-checkpoint-" in line for line in said)
+    assert len(said) == 6 and all("set aside as _damaged-checkpoint-" in line for line in said)
 
 
 def test_the_limit_counts_valid_checkpoints_and_never_takes_the_last_of_them(tmp_path):
@@ -157,29 +167,112 @@ def test_counts_go_on_over_a_resume(recipe, tmp_path):
     assert finished["train_tokens"] == straight["train_tokens"]
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_every_order_of_rows_is_found_again_in_a_later_epoch(tiny_config, tmp_path, strategy):
+@pytest.fixture
+def trainer(tiny_config, tmp_path):
+    """`trainer(**arguments)` trains on 24 rows of 4 to 29 tokens: three epochs of six steps."""
     numbers = torch.Generator().manual_seed(0)
     lengths = torch.randint(4, 30, (24,), generator=numbers).tolist()
     ids = [torch.randint(10, 97, (length,), generator=numbers).tolist() for length in lengths]
     rows = {"input_ids": ids, "labels": ids, "position_ids": [list(range(length)) for length in lengths]}
+    rows = Dataset.from_dict(rows)
 
-    def trainer(folder: str) -> HfLmTrainer:
-        arguments = HfLmTrainingArguments(
-            output_dir=str(tmp_path / folder), num_train_epochs=3, per_device_train_batch_size=4, learning_rate=0.01,
-            save_steps=8, bf16=False, report_to="none", disable_tqdm=True, train_sampling_strategy=strategy,
-        )  # fmt: skip
+    def make(**arguments) -> HfLmTrainer:
+        options = {
+            "output_dir": str(tmp_path / "run"), "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01,
+            "save_steps": 8, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
+        }  # fmt: skip
+        arguments = HfLmTrainingArguments(**{**options, **arguments})
         set_seed(arguments.seed)
         model = HfLmForCausalLM(tiny_config)
-        return HfLmTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(rows), data_collator=PackedCollator(2))  # fmt: skip
+        return HfLmTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows.take(3), data_collator=PackedCollator(2))  # fmt: skip
 
-    straight = trainer("run")
+    return make
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_every_order_of_rows_is_found_again_in_a_later_epoch(trainer, tmp_path, strategy):
+    straight = trainer(train_sampling_strategy=strategy)
     straight.train()
     for name in ("checkpoint-16", "checkpoint-18"):
         (tmp_path / "run" / name).rename(tmp_path / name)
     torch.rand(5)
-    resumed = trainer("run")
+    resumed = trainer(train_sampling_strategy=strategy)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 18
     expected = straight.model.state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.state_dict().items())
+
+
+def test_a_finished_run_is_trained_further_only_if_more_is_asked_for(trainer, capsys):
+    straight = trainer()
+    straight.train()
+    resumed = trainer()
+    assert resumed.train(resume_from_checkpoint=True).global_step == 18
+    assert "checkpoint-18 has finished training" in capsys.readouterr().err
+    expected = straight.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.state_dict().items())
+    assert trainer(num_train_epochs=4, allow_changes=True).train(resume_from_checkpoint=True).global_step == 24
+    assert "has finished" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_named_is_checked_like_one_that_is_found(trainer, tmp_path):
+    trainer().train()
+    folder = tmp_path / "run" / "checkpoint-8"
+    with pytest.raises(InputError, match="was made with other arguments: learning_rate 0.01 -> 0.1"):
+        trainer(learning_rate=0.1).train(resume_from_checkpoint=str(folder))
+    (folder / "optimizer.pt").rename(tmp_path / "optimizer.pt")
+    with pytest.raises(InputError, match="checkpoint-8 is damaged: optimizer.pt is missing"):
+        trainer().train(resume_from_checkpoint=str(folder))
+    with pytest.raises(InputError, match="checkpoint-9 is no checkpoint"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))
+    assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0), ("dataloader_drop_last", True),
+     ("lr_scheduler_kwargs", {"num_decay_steps": 2}), ("optim_args", "a=1"), ("seed", 1), ("max_grad_norm", 2.0)],
+)  # fmt: skip
+def test_arguments_that_decide_the_weights_cannot_change_unnoticed(trainer, tmp_path, name, value):
+    trainer(max_steps=2).train()
+    arguments = trainer(max_steps=2).args
+    assert checkpoint_to_resume(arguments) == tmp_path / "run" / "checkpoint-2"
+    setattr(arguments, name, value)
+    with pytest.raises(InputError, match=f"was made with other arguments: {name} .* -> "):
+        checkpoint_to_resume(arguments)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_best_step_without_a_checkpoint_costs_nothing(trainer, tmp_path, limit):
+    """Evaluated more often than saved: upstream may not find the checkpoint of the best step."""
+    run = trainer(
+        max_steps=12, eval_strategy="steps", eval_steps=1, save_steps=4, load_best_model_at_end=True,
+        save_total_limit=limit, learning_rate=1.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_global_step % 4
+    assert names(tmp_path / "run") == [f"checkpoint-{step}" for step in ((12,) if limit == 1 else (12, 8))]
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_sealed_ends_the_run_soon(trainer, tmp_path, monkeypatch):
+    """At the next step: not after all those until the next save."""
+    run, soft = (
+        trainer(max_steps=100_000, save_steps=100, num_train_epochs=1),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+
+    def without_room(*arguments, **facts):
+        if facts["step"] == 200:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, soft[1]))
+        try:
+            seal(*arguments, **facts)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+
+    monkeypatch.setattr("hf_lm.training.trainer.seal", without_room)
+    with pytest.raises(
+        RuntimeError, match="checkpoint-200 could not be saved, those before are whole: .*File too large"
+    ):
+        run.train()
+    assert run.state.global_step < 290
+    assert names(tmp_path / "run") == ["checkpoint-100"] and damage(tmp_path / "run" / "checkpoint-100") is None
