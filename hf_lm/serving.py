@@ -74,7 +74,7 @@ class _Checked:
     async def handle_request(self, body: dict, request_id: str) -> Response:
         try:
             return await super().handle_request(body, request_id)
-        except (AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError, TemplateError) as error:
             raise HTTPException(400, f"{type(error).__name__}: {error}") from error
 
     def _validate_request(self, body: dict) -> None:

@@ -210,14 +210,24 @@ def test_push_to_hub_forgets_no_file_and_sends_no_pickle(hub, client, model_fold
     )
 
 
+TRAINERS = {
+    "stock": "from transformers import Trainer, TrainingArguments\n",
+    "ours": "from hf_lm.training.arguments import HfLmTrainingArguments as TrainingArguments\n"
+    "from hf_lm.training.trainer import HfLmTrainer as Trainer\n",
+}
+
+
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
-@pytest.mark.parametrize("protocol", ["client", "xet_client"])
-def test_every_push_of_the_trainer_is_complete_and_free_of_its_pickles(hub, request, protocol, strategy, model_folder):
+@pytest.mark.parametrize(("protocol", "trainer"), [("client", "stock"), ("xet_client", "stock"), ("client", "ours")])
+def test_every_push_of_the_trainer_is_complete_and_free_of_its_pickles(
+    hub, request, protocol, trainer, strategy, model_folder
+):
     client = request.getfixturevalue(protocol)
     client(
         "import hf_lm, torch\nfrom hf_lm.hub.push import PushCallback\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments\n"
-        "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        + TRAINERS[trainer]
+        + "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n"
         "arguments = TrainingArguments(out, max_steps=2, save_steps=1, push_to_hub=True, hub_model_id='owner/m',"
         " hub_strategy=strategy, hub_always_push=True, report_to='none', use_cpu=True, disable_tqdm=True)\n"
         "rows = [{'input_ids': torch.arange(8), 'labels': torch.arange(8)}] * 8\n"
@@ -233,6 +243,7 @@ def test_every_push_of_the_trainer_is_complete_and_free_of_its_pickles(hub, requ
     for commit in pushes:
         assert {"modeling_hf_lm.py", "configuration_hf_lm.py", "config.json", "tokenizer.json"} <= set(commit.tree)
         assert not any(path.endswith("training_args.bin") for path in commit.tree)
+        assert not any(path.startswith(("_", ".saving")) for path in commit.tree)  # a checkpoint that is being saved
         assert not any(path.endswith((".bin", ".pt", ".pth")) for path in commit.tree if "/" not in path)
     if strategy == "checkpoint":
         assert {"last-checkpoint/optimizer.pt", "last-checkpoint/modeling_hf_lm.py"} <= set(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import reduce
 
 import httpx
 import openai
@@ -28,6 +29,7 @@ TEMPLATE = (
     "{% endif %}{{ message['content'] }}\n{% endfor %}"
 )
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+DEEP = reduce(lambda inner, _: {"a": inner}, range(700), 1)  # Python's limit is 1000
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,7 @@ def test_chat_is_refused_where_there_is_no_template(text):
         ("messages", [{"role": "assistant", "tool_calls": [{"function": {}}]}]), ("max_completion_tokens", 0),
         ("chat_template_kwargs", 5), ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}),
         ("chat_template_kwargs", {"padding": "max_length", "max_length": 10**12}), ("tools", 5),
+        ("chat_template_kwargs", DEEP), ("messages", [{"role": "user", "content": [DEEP]}]),
     ],
 )  # fmt: skip
 def test_malformed_chat_is_refused(chat, field, value):
