@@ -114,6 +114,15 @@ def test_tensorboard_has_the_same_scalars_and_what_was_asked_for(run):
         assert event.tensor_proto.string_val[0].decode() == json.loads(line)["text"]
 
 
+@pytest.mark.slow  # needs peft, which the long tests install
+def test_tensorboard_has_the_graph_below_an_adapter(run, tmp_path, moby_dick):
+    keys = {"model_name_or_path": str(run), "use_peft": True, "config_overrides": None, "max_steps": 2}
+    path = write_recipe(tmp_path, moby_dick[:60_000], **keys, eval_strategy="no", sample_prompts=None)
+    assert main(["train", path, "--log_graph", "true"]) == 0
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    assert EventAccumulator(str(folder)).Reload().Tags()["graph"]
+
+
 def test_report_of_a_run_without_evaluation_and_samples(tmp_path, moby_dick):
     keys = {"eval_strategy": "no", "validation_split_percentage": 0, "sample_prompts": None, "forecast": False}
     assert main(["train", write_recipe(tmp_path, moby_dick[:60_000], **keys)]) == 0
