@@ -81,6 +81,9 @@ USAGE = {
 # metrics.json key -> name in the table of results and in the model-index.
 RESULTS = {
     "bits_per_byte": "bits per byte",
+    "bits_per_byte_before": "bits per byte before this training",
+    "control_bits_per_byte": "bits per byte of control_file",
+    "control_bits_per_byte_before": "bits per byte of control_file before this training",
     "perplexity": "perplexity per token",
     "eval_loss": "loss (nats per token)",
     "accuracy": "accuracy",
@@ -90,6 +93,7 @@ RESULTS = {
     "exact_match": "exact match",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "self_ended": "share of answers that end by themselves",
 }
 # Assumed power draw in watts, for the energy estimate: board power of accelerators, and of one busy CPU core with its
 # share of memory and board.

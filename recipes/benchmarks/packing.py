@@ -2,9 +2,10 @@
 How much faster training is with several examples in a block than with one example a row, padded to the longest beside
 it, and that both learn the same.
 
-    python recipes/benchmarks/packing.py [--json]
+    python recipes/benchmarks/packing.py [--data chat] [--json]
 
-The data, the model and the optimizer are those of recipes/translation. Both kinds see exactly the same examples in each
+The data, the model and the optimizer are those of recipes/translation; with `--data chat` the conversations and the batch
+size are those of recipes/chat, and the model is still the small one. Both kinds see exactly the same examples in each
 optimizer step, in one process, in the order A B A B ...; a step is forward, backward and optimizer. Before that, the
 loss summed over all the examples is computed once for each kind, in float64.
 """
@@ -20,17 +21,23 @@ import numpy as np
 import torch
 
 RECIPE = Path(__file__).parents[1] / "translation" / "config.yaml"
+CHAT = Path(__file__).parents[1] / "chat"
 GOAL = 2.5
 
 
-def prepare(rows: int):
-    """The recipe's task, and a trainer of its model on the packed blocks of so many rows."""
+def prepare(rows: int, data_name: str):
+    """A trainer of the recipe's model on the packed blocks of so many rows of the data of a recipe."""
     from hf_lm.training.arguments import parse_recipe
     from hf_lm.training.tasks import task_class
 
     data = RECIPE.with_name("data") / "help_en_de_zh.parquet"
     overrides = ["--train_file", str(data), "--max_train_samples", str(rows), "--max_eval_samples", "8"]
     arguments = parse_recipe(str(RECIPE), [*overrides, "--report_to", "none", "--eval_strategy", "no"])
+    if data_name == "chat":
+        arguments[1].task, arguments[1].split_column_name = "chat", None
+        for split in ("train", "validation"):
+            setattr(arguments[1], f"{split}_file", [str(CHAT / "data" / f"{split}.jsonl")])
+        arguments[2].per_device_train_batch_size = parse_recipe(str(CHAT / "config.yaml"), [])[2].train_batch_size
     task = task_class(arguments[1].task)(*arguments)
     return task.build_trainer(None)
 
@@ -68,6 +75,9 @@ def seconds(trainer, batches: list[dict]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--data", choices=("translation", "chat"), default="translation", help="recipe of the examples"
+    )
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each kind in a round (2)")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of both kinds (4)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -77,7 +87,7 @@ def main() -> int:
 
     keep_freed_memory()
     torch.manual_seed(0)
-    trainer = prepare(rows=1000)
+    trainer = prepare(rows=1000, data_name=arguments.data)
     size = trainer.args.per_device_train_batch_size
     order = np.random.default_rng(0).permutation(len(trainer.train_dataset))[: size * arguments.steps]
     blocks = [[trainer.train_dataset[int(number)] for number in part] for part in np.split(order, arguments.steps)]

@@ -43,6 +43,11 @@ def test_a_new_language_is_learned_and_the_old_one_measured(recipe, tmp_path, ba
     assert metrics["bits_per_byte"] < metrics["bits_per_byte_before"]
     assert metrics["control_bits_per_byte"] != metrics["control_bits_per_byte_before"]
     assert "held out" in metrics["summary"] and "control_file" in metrics["summary"]
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    for name, key in (("", ""), (" of control_file", "control_")):
+        assert f"| bits per byte{name} | {metrics[f'{key}bits_per_byte']:.4g} |" in card
+        before = metrics[f"{key}bits_per_byte_before"]
+        assert f"| bits per byte{name} before this training | {before:.4g} |" in card
 
 
 def test_new_embeddings_start_as_the_mean_of_what_they_replace(recipe, tmp_path, base):
