@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
@@ -17,6 +17,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.extract import Extractor
+from pyarrow import ArrowInvalid
+from pyarrow.parquet import ParquetFile
 from transformers.utils import logging
 
 from ..errors import InputError, explained, one_line
@@ -82,7 +84,8 @@ def read_text(path: str) -> str:
 
 def check_json(path: str) -> None:
     """
-    Look for what crashes the library's reader instead of raising an error: rows that are null, and very deep ones.
+    Look for what crashes the library's reader instead of raising an error: rows that are null, and very deep ones; and
+    for what is not UTF-8, which a stream would find out in the middle of a run.
 
     Raises:
         InputError: there is one; says where.
@@ -93,6 +96,11 @@ def check_json(path: str) -> None:
         text = file.seek(0) or file.read() if is_list else b""
         file.seek(0)
         for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                place = f"at offset {file.tell() - len(line) + error.start}, in line {number}"
+                raise InputError(f"{path}: not UTF-8: byte {line[error.start]:#04x} {place}.") from error
             if depth == 0 and line.strip() == b"null":
                 raise InputError(f"{path}: row {number} is null; each row must be an object {{...}}.")
             brackets = sum(map(line.count, (b"{", b"}", b"[", b"]")))
@@ -132,6 +140,20 @@ def broken_row(path: str) -> str | None:
                 return f"row {number}: {one_line(error)}"
             if not isinstance(row, dict):
                 return f"row {number} is {row!r:.40}, not an object {{...}}"
+    return None
+
+
+def broken_text(path: str) -> str | None:
+    """Which row of a parquet file is not UTF-8, which the library's reader does not look at; None if each is."""
+    before = 0
+    for batch in ParquetFile(path).iter_batches():
+        for column in batch.columns:
+            try:
+                column.validate(full=True)
+            except ArrowInvalid as error:
+                found = re.search(r"string index (\d+)", str(error))
+                return f"row {before + int(found[1]) + 1 if found else f'{before + 1} or later'}: {error}"
+        before += batch.num_rows
     return None
 
 
@@ -195,11 +217,15 @@ def _load_files(key: str, arguments: DataArguments, keep):
         options = {"keep_default_na": False, "converters": {arguments.text_column_name or "text": str}}
     where = ", ".join(paths)
     try:
+        for path in paths if kind == "parquet" and arguments.streaming else ():
+            if row := broken_text(path):
+                raise InputError(f"{key}: {path} cannot be read: {row}")
         with _library_is_silent():
             splits = load_dataset(kind, data_files=paths, streaming=arguments.streaming, **options)
             if "train" not in splits:
                 raise InputError(f"{key}: {where} holds no rows.")
-            if kind == "csv" and "__index_level_0__" in (splits["train"].column_names or ()):  # cells taken for names
+            columns = splits["train"].column_names or next(iter(splits["train"]), {})
+            if kind == "csv" and "__index_level_0__" in columns:  # cells taken for names
                 raise InputError(f"{key}: {where} has rows of more cells than its first line has names.")
             return keep(splits["train"], where)
     except InputError:
@@ -217,7 +243,9 @@ def _load_files(key: str, arguments: DataArguments, keep):
             found = next((number for number, line in lines if re.search(r"\d{19}", line)), 1)
             reason = f"line {found}: a number does not fit 64 bits"
         elif kind == "parquet":
-            reason = f"cut short, damaged or not of this format ({reason})"
+            with suppress(Exception):  # of a file that is damaged as a whole
+                reason = next(filter(None, map(broken_text, paths)), None) or reason
+            reason = reason if reason.startswith("row ") else f"cut short, damaged or not of this format ({reason})"
         raise InputError(f"{key}: {where} cannot be read: {reason}") from error
 
 

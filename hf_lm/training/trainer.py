@@ -187,10 +187,11 @@ class HfLmTrainer(Trainer):
 
     def _get_stream_loader(self, dataset: IterableDataset, *args, **kwargs) -> DataLoader:
         count, own = self.args.world_size, self.args.process_index
-        if count > 1 and isinstance(dataset, datasets.IterableDataset):
-            dataset = split_dataset_by_node(dataset, own, count)
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = split_dataset_by_node(dataset, own, count) if count > 1 else dataset
             if next(iter(dataset), None) is None:
-                raise InputError(f"the training data has less than one row for each of the {count} processes.")
+                few = f"has less than one row for each of the {count} processes" if count > 1 else "holds no text"
+                raise InputError(f"the training data {few}.")
         loading = self.accelerator.dataloader_config
         before, loading.dispatch_batches = loading.dispatch_batches, False  # each process reads its own share
         try:

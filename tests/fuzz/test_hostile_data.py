@@ -5,11 +5,13 @@ import io
 import json
 import re
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
 from hf_lm.data.arguments import DataArguments
 from hf_lm.data.documents import load_documents
+from hf_lm.errors import InputError
 
 
 def rows(*values) -> bytes:
@@ -20,6 +22,15 @@ def parquet(column: list, change=lambda content: content) -> bytes:
     stream = io.BytesIO()
     Dataset.from_dict({"text": column}).to_parquet(stream)
     return change(stream.getvalue())
+
+
+def parquet_of_bytes(*values: bytes) -> bytes:
+    """A column of text that says nothing about its bytes being text."""
+    column = pyarrow.array(values, pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(values), column.buffers())
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), stream)
+    return stream.getvalue()
 
 
 # what it is: (file, content, the texts that are read)
@@ -66,6 +77,8 @@ REFUSED = {
     "CSV rows that are too long": ("a.csv", b"text,n\na,b,c,d\n", r"a\.csv has rows of more cells"),
     "parquet cut short": ("a.parquet", parquet(["a"] * 99, lambda content: content[:-20]), r"a\.parquet .*cut short"),
     "parquet without its start": ("a.parquet", parquet(["a"] * 99, lambda content: content[4:]), r"a\.parquet .*cut short"),
+    "mixed encodings in parquet": ("a.parquet", parquet_of_bytes(b"caf\xc3\xa9", b"caf\xe9"), r"a\.parquet .*row 2: .*UTF8"),
+    "surrogate in parquet": ("a.parquet", parquet_of_bytes(b"a", b"b", b"\xed\xa0\x80"), r"a\.parquet .*row 3: .*UTF8"),
     "parquet of numbers": ("a.parquet", parquet([1, 2]), r"column text of a\.parquet does not hold text; row 1 is 1"),
     "parquet of nothing": ("a.parquet", parquet([None, ""]), r"a\.parquet: "),
     "packed": ("a.jsonl", gzip.compress(rows({"text": "a"})), r"a\.jsonl is packed \(gzip\); unpack it first"),
@@ -91,6 +104,17 @@ def test_what_cannot_be_read_is_refused_with_its_row(machine, name, content, mes
     outcome.check()
     assert outcome.code == 2
     assert re.search(message, outcome.stderr), outcome.stderr
+
+
+@pytest.mark.parametrize("what", [
+    "lone surrogate", "mixed encodings in JSON", "mixed encodings in CSV", "mixed encodings in parquet", "CSV rows that are too long",
+    "parquet without its start", "null row",
+])  # fmt: skip
+def test_a_stream_is_refused_before_it_is_trained_on(tmp_path, what):
+    name, content, message = REFUSED[what]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_documents(DataArguments(train_file=str(tmp_path / name), validation_split_percentage=0, streaming=True))
 
 
 def test_rows_of_a_dataset_folder_that_crash_the_reader_are_refused(machine):

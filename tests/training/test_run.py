@@ -110,6 +110,14 @@ def test_a_stream_trains_like_the_same_rows_on_disk(recipe, tmp_path, moby_dick)
     assert streamed["bits_per_byte"] == on_disk["bits_per_byte"]
 
 
+def test_a_stream_of_empty_rows_is_refused(recipe, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"text": null}\n')
+    path = recipe(train_file=str(tmp_path / "rows.jsonl"), streaming=True, validation_split_percentage=0, tokenizer_kind="byte", eval_strategy="no")  # fmt: skip
+    with pytest.raises(InputError, match="the training data holds no text"):
+        run(path)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_best_checkpoint_can_be_what_is_kept(recipe, tmp_path):
     metrics = run(recipe(save_steps=6, load_best_model_at_end=True, save_total_limit=1))
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
