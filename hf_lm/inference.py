@@ -29,8 +29,9 @@ class PackedLinear(nn.Module):
 
     Args:
         layers: each with a bias, or none of them.
-        int8: round the weights to 8 bits, with one scale for each output, and while computing each input row to 8 bits
-            too; the products add up exactly in 32 bits.
+        int8: round the weights to 8 bits, with one scale for each output. They are kept twice: one or two rows of
+            inputs (decoding) are multiplied as they are; of more, each input becomes two 8-bit numbers, that is 16
+            bits of the largest in its row, for the CPU's matrix unit, and the products add up exactly in 32 bits.
     """
 
     def __init__(self, *layers: nn.Linear, int8: bool = False):
@@ -40,10 +41,12 @@ class PackedLinear(nn.Module):
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         self.scales = None
         if int8:
-            self.scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
-            self.zeros = torch.zeros(len(weight), dtype=torch.long)
-            weight = (weight.float() / self.scales[:, None]).round().to(torch.int8)
-            self.packed = torch.ops.onednn.qlinear_prepack(weight, [1, weight.shape[1]])
+            # In the dtype that the small product takes: the weights are rounded with what it multiplies by.
+            self.small_scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12).to(weight.dtype)
+            self.scales = self.small_scales.float()
+            self.zeros, self.half = torch.zeros(len(weight), dtype=torch.long), torch.tensor(128.0)
+            self.rounded = (weight.float() / self.scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+            self.packed = torch.ops.onednn.qlinear_prepack(self.rounded, [1, weight.shape[1]])
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
@@ -53,14 +56,38 @@ class PackedLinear(nn.Module):
             return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
         if self.scales is None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-12)
-        rounded = (x * (127 / largest)).round_().to(torch.int8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1 / 127, 0, self.packed, self.scales, self.zeros, None, 1.0, 0, x.dtype, "none", [], ""
-        ).mul_(largest)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= 2 and rows.shape[1] % 16 == 0:  # the kernel reads 16 at a time
+            y = torch._weight_int8pack_mm(rows, self.rounded, self.small_scales)
+        else:
+            y = self._multiply_many(rows)
+        y = y.view(*x.shape[:-1], -1)
         if self.bias is not None:
             y.add_(self.bias)
         return y if residual is None else y.add_(residual)
+
+    def _multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
+        exact = rows.float()
+        largest = torch.linalg.vector_norm(exact, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
+        # n = 256 * high + low, both in [-128, 127]: add 128, and the lower byte is low + 128; its top bit turned, low.
+        numbers = torch.add(self.half, exact / largest, alpha=32512).to(torch.int16).bitwise_xor_(128)
+        halves = numbers.view(torch.int8).unflatten(-1, (-1, 2)).movedim(-1, 0)
+        low, high = torch.ops.onednn.qlinear_pointwise(
+            halves.contiguous(),
+            1 / 32512,
+            0,
+            self.packed,
+            self.scales,
+            self.zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return low.add_(high, alpha=256).mul_(largest).to(rows.dtype)
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The output of each layer by itself."""
@@ -187,7 +214,7 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
 
     Args:
         model: in bfloat16 or float32, on a CPU.
-        int8: round weights and activations of the linear layers to 8 bits (see `PackedLinear`).
+        int8: round the weights of the linear layers to 8 bits (see `PackedLinear`).
 
     Raises:
         InputError: `can_optimize` says no.
