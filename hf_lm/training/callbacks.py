@@ -145,7 +145,8 @@ class InterruptCallback(TrainerCallback):
 
     def _handle(self, number, frame):
         self._received = number
-        self.restore()
+        for second in self._previous:  # ends the process, whatever it waits for
+            signal.signal(second, signal.SIG_DFL)
 
     def restore(self) -> None:
         """Give the signals back to whoever handled them before."""

@@ -72,7 +72,8 @@ def test_a_signalled_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_second_signal_stops_at_once_and_leaves_earlier_checkpoints_whole(recipe, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once_and_leaves_earlier_checkpoints_whole(recipe, tmp_path, number):
     path = recipe(max_steps=100_000, save_steps=1, save_total_limit=3, eval_strategy="no", report_to="none")
     moments = random.Random(0)
     for attempt in range(3):
@@ -80,13 +81,13 @@ def test_a_second_signal_stops_at_once_and_leaves_earlier_checkpoints_whole(reci
         run = tmp_path / "run"
         known = set(run.glob("checkpoint-*"))
         wait_for(lambda run=run, known=known: set(run.glob("checkpoint-*")) - known)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         time.sleep(moments.uniform(0, 0.03))
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         before = time.monotonic()
         process.wait(timeout=60)
         assert time.monotonic() - before < 30
-        assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        assert process.returncode in (-number, 128 + number)
         folders = list(run.glob("checkpoint-*"))
         assert folders and not any(damage(folder) for folder in folders)
 
@@ -103,6 +104,34 @@ def test_a_signal_to_all_processes_of_a_run_does_not_take_its_loader_away(recipe
     assert process.returncode == 128 + number, errors[-3000:]
     last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     assert f"Saved {last}" in errors and damage(last) is None
+
+
+SLOW_SEAL = """
+import os, sys, time
+from hf_lm.cli import main
+from hf_lm.training import trainer
+seal = trainer.seal
+def slowly(*arguments, **facts):
+    print("sealing", file=sys.stderr, flush=True)
+    time.sleep(60)
+    seal(*arguments, **facts)
+trainer.seal = slowly
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait_for_the_disk(recipe, tmp_path, number):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_SEAL)
+    process = start(str(script), recipe(eval_strategy="no", report_to="none", max_steps=100_000, save_steps=1))
+    while "sealing" not in process.stderr.readline():
+        pass
+    for _ in range(2):
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.wait(timeout=20) == -number
+    process.stderr.close()
 
 
 TWO = """
