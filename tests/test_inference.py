@@ -5,7 +5,8 @@ import torch
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.errors import InputError
-from hf_lm.inference import can_optimize, is_plain, optimize_for_inference
+from hf_lm.inference import PackedLinear, PackedRMSNorm, can_optimize, is_plain, optimize_for_inference
+from hf_lm.modeling_hf_lm import HfLmRMSNorm
 
 SMALL = {
     "vocab_size": 128,
@@ -126,6 +127,27 @@ def test_eight_bits_stay_close_and_rows_do_not_depend_on_the_batch(kind, dtype):
         alone = optimized(ids[:1]).logits.float()
     assert (got - want).norm() < 0.1 * want.norm()
     torch.testing.assert_close(got[:1], alone, rtol=1e-3, atol=0.02 * float(want.std()))
+
+
+@pytest.mark.parametrize("width", [64, 40])  # the product of few rows takes multiples of 16 only
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_eight_bit_weights_multiply_inputs_as_exact_as_sixteen_bits(rows, width):
+    layer = torch.nn.Linear(width, 24).to(torch.bfloat16)
+    packed = PackedLinear(layer, int8=True)
+    x = torch.randn(rows, 1, width, dtype=torch.bfloat16) * torch.logspace(-3, 3, rows)[:, None, None].bfloat16()
+    x[-1, 0, 0] = 40 * x[-1].abs().max()  # an outlier, which would leave the others no bits
+    residual = torch.randn(rows, 1, 24, dtype=torch.bfloat16)
+    weight = packed.rounded.double() * packed.scales[:, None]
+    want = x.double() @ weight.T + layer.bias.double() + residual.double()
+    assert (packed(x, residual).double() - want).norm() < 0.006 * want.norm()
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_the_shorter_norm_equals_the_norm(offset):
+    norm = HfLmRMSNorm(64, 1e-5, offset).requires_grad_(False).eval()
+    norm.weight.normal_()
+    x = torch.randn(3, 5, 64) * torch.logspace(-6, 3, 5)[:, None]
+    torch.testing.assert_close(PackedRMSNorm(norm)(x), norm(x), rtol=2e-6, atol=1e-9)
 
 
 def test_an_optimized_model_refuses_to_be_saved(tmp_path):

@@ -4,7 +4,7 @@ How fast a Llama checkpoint writes text, read as an hf_lm model, against the lib
     python recipes/benchmarks/decoding.py MODEL_FOLDER [--text FILE] [--threads 1 2] [--json]
 
     upstream   LlamaForCausalLM, as it comes              plain   HfLmForCausalLM, as it comes
-    packed     plain after `optimize_for_inference`       int8    with 8-bit weights and activations
+    packed     plain after `optimize_for_inference`       int8    with 8-bit weights
 
 All in one process, in the order A B C D A B C D ...; greedy, the same prompt, the same number of new tokens. A step is
 (time of the whole - time with one new token) / (new tokens - 1); prefill is the time with one new token. Both in
