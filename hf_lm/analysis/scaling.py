@@ -14,8 +14,7 @@ from .forecast import forecast
 
 REPEATED = 15.4  # epochs after which more of them add almost nothing (R* of arXiv:2305.16264)
 SHAPES = ((64, 4), (96, 5), (128, 6), (192, 6), (256, 8), (384, 8), (512, 10), (640, 12), (768, 12))  # width, layers
-VOCABULARIES = tuple(2**k for k in range(9, 15))
-BATCHES = tuple(2**k for k in range(1, 8))
+VOCABULARIES, BATCHES = (1024, 2048, 4096), (8, 16, 32)  # those of the sweep
 HEAD_DIM = 32
 
 
@@ -24,7 +23,7 @@ class Law:
     """
     Held-out bits per byte of a model that was trained to the end of its schedule, in the form of arXiv:2203.15556:
 
-        floor + size * matrices**-alpha * vocab**-delta + data * vocab**gamma * (bytes / (1 + batch / critical))**-beta
+        floor + size * matrices**-alpha * vocab**-delta + data * (bytes / (1 + batch / critical))**-beta
 
     `matrices` are the parameters of the layers, `bytes` those of the text that was read, `batch` the tokens of a step
     (`critical`: arXiv:1812.06162).
@@ -35,7 +34,6 @@ class Law:
     alpha: float
     delta: float
     data: float
-    gamma: float
     beta: float
     critical: float
 
@@ -53,9 +51,9 @@ class Law:
         )
 
 
-# Of recipes/addresses, by recipes/benchmarks/scaling.py (models of 0.2 to 6.3 million parameters in the layers, vocabularies of
-# 1,024 to 4,096, batches of 8 to 32 x 128 tokens, 0.2 to 1.6 million tokens).
-LAW = Law(floor=1.081, size=19.3, alpha=0.2921, delta=0.05233, data=41.95, gamma=0.07613, beta=0.3166, critical=3745.0)
+# Of recipes/addresses, by recipes/benchmarks/scaling.py (0.2 to 6.3 million parameters in the layers, blocks of 128 tokens,
+# 0.2 to 1.6 million tokens).
+LAW = Law(floor=0.9995, size=69.22, alpha=0.3051, delta=0.2072, data=51.62, beta=0.2777, critical=37440.0)
 
 
 def matrices(width: int, layers: int) -> int:

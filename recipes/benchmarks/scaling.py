@@ -85,17 +85,17 @@ def fit() -> None:
     for alpha in (0.2, 0.5):
         for beta in (0.2, 0.4):
             for floor in (0.8, 1.4):
-                start = [floor, 50.0**alpha, alpha, 0.1, 1000.0**beta, 0.05, beta, 4000.0]
+                start = [floor, 50.0**alpha, alpha, 0.1, 1000.0**beta, beta, 4000.0]
                 logs = torch.tensor(start, dtype=torch.double).log().requires_grad_()
                 optimizer = torch.optim.LBFGS(
                     [logs], max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=1e-14
                 )
 
                 def predicted(logs=logs):
-                    floor, a, alpha, delta, b, gamma, beta, critical = logs.exp()
+                    floor, a, alpha, delta, b, beta, critical = logs.exp()
                     by_size = a * torch.exp(-alpha * size - delta * vocab)
                     worth = read - torch.log1p(batch.exp() / critical)
-                    return floor + by_size + b * torch.exp(gamma * vocab - beta * worth)
+                    return floor + by_size + b * torch.exp(-beta * worth)
 
                 def closure(logs=logs, optimizer=optimizer, predicted=predicted):
                     optimizer.zero_grad()
