@@ -46,9 +46,7 @@ class Law:
         again = max(read / text - 1, 0.0)
         worth = min(read, text) + text * REPEATED * -math.expm1(-again / REPEATED)
         by_size = self.size * matrices**-self.alpha * vocab**-self.delta
-        return (
-            self.floor + by_size + self.data * vocab**self.gamma * (worth / (1 + batch / self.critical)) ** -self.beta
-        )
+        return self.floor + by_size + self.data * (worth / (1 + batch / self.critical)) ** -self.beta
 
 
 # Of recipes/addresses, by recipes/benchmarks/scaling.py (0.2 to 6.3 million parameters in the layers, blocks of 128 tokens,
