@@ -5,12 +5,14 @@ import math
 import random
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
+import psutil
 import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
@@ -26,6 +28,25 @@ def peak_memory() -> int:
     """The most memory that this process has had so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def _memory_watched() -> Iterator[list[int]]:
+    """Memory of the process at the start of the block, and the most that it has inside of it, bytes."""
+    process, over = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss] * 2
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            seen[1] = max(seen[1], process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def _now(device: torch.device) -> float:
@@ -144,9 +165,9 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
         `tokens_per_second` of the steps alone; and `costs`, the seconds of one `step`, `evaluation`, round of `samples`
         and `save`, with the run's `steps` and the `tokens` of one.
     """
-    start, arguments, watch, before = time.perf_counter(), trainer.args, _Stopwatch(seconds), peak_memory()
+    start, arguments, watch = time.perf_counter(), trainer.args, _Stopwatch(seconds)
     looks, growth = trainer.eval_dataset is not None and arguments.eval_strategy != "no", 1.0
-    with _nothing_changes(trainer):
+    with _nothing_changes(trainer), _memory_watched() as memory:
         twin = _twin(trainer, watch)
         costs = _step_costs(twin, watch) | {"evaluation": 0.0, "samples": 0.0}
         if looks:  # by turns with training, as in the run: what one frees the other cannot always use
@@ -155,7 +176,7 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
                 watch.times, watch.seconds = [], 0.0
                 twin.train()
             costs["samples"], growth = _sample_seconds(twin), HEAP_GROWTH
-        peak = before + int(growth * (peak_memory() - before))
+    peak = max(peak_memory(), memory[0] + int(growth * (memory[1] - memory[0])))
     steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
     epochs, every = arguments.num_train_epochs, twin.state.eval_steps
     times = {"steps": steps // every if every else 0, "epoch": epochs}.get(arguments.eval_strategy, 0)

@@ -1,6 +1,7 @@
 """What the machine is good at, and how to get it."""
 
 import ctypes
+import gc
 import sys
 
 import torch
@@ -47,3 +48,12 @@ def keep_freed_memory() -> None:
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 << 20)
+
+
+def hand_back_memory() -> None:
+    """What was kept so far, of the preparation of data and models, goes back to the system: training needs other sizes."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return

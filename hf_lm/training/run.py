@@ -23,7 +23,7 @@ from .arguments import HfLmTrainingArguments, ModelArguments
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
 from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
 from .checkpoints import checkpoint_to_resume
-from .hardware import keep_freed_memory
+from .hardware import hand_back_memory, keep_freed_memory
 from .tasks import task_class
 from .trainer import STOPPER_COUNT, HfLmTrainer
 
@@ -140,6 +140,7 @@ def train(
     recipe = recipe_of(model_arguments, data_arguments, training_arguments)
     task = task_class(data_arguments.task)(model_arguments, data_arguments, training_arguments)
     trainer = task.build_trainer(checkpoint)
+    hand_back_memory()
     predicted = None
     if training_arguments.forecast and training_arguments.world_size == 1 and checkpoint is None:
         predicted = forecast(trainer, time.perf_counter() - start)

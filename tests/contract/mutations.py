@@ -35,8 +35,8 @@ MUTATIONS = {
     ),
     "padding seen": (
         FUNCTIONS,
-        'mask_kwargs = {"attention_mask": attention_mask,',
-        'mask_kwargs = {"attention_mask": None,',
+        'inputs_embeds, attention_mask, past_key_values, **mask_kwargs)',
+        'inputs_embeds, None, past_key_values, **mask_kwargs)',
     ),
     "documents see each other": (
         FUNCTIONS,
