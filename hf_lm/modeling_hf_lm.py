@@ -398,7 +398,8 @@ class HfLmModel(HfLmPreTrainedModel):
             ValueError: both or neither input given, no tokens, ids outside the vocabulary, positions past the
                 learned ones.
         """
-        past_key_values = kwargs.pop("cache", past_key_values)  # its name in generation from transformers 5.24 on
+        if isinstance(kwargs.get("cache"), Cache):  # its name in generation from transformers 5.24 on
+            past_key_values = kwargs.pop("cache")
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         given = input_ids if inputs_embeds is None else inputs_embeds
