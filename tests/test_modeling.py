@@ -515,3 +515,12 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
         assert torch.equal(model(ids).logits, model(ids).logits)
         model.train()
         assert not torch.equal(model(ids).logits, model(ids).logits), name
+
+
+@torch.no_grad()
+def test_a_cache_is_taken_by_its_newer_name_too(tiny_model):
+    ids, cache = torch.randint(2, 90, (1, 8)), DynamicCache(config=tiny_model.config)
+    model = tiny_model.eval()
+    model(ids[:, :7], cache=cache)
+    torch.testing.assert_close(model(ids[:, 7:], cache=cache).logits[:, -1], model(ids).logits[:, -1])
+    assert cache.get_seq_length() == 8

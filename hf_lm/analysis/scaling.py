@@ -1,7 +1,9 @@
 """Which new model to train in so many seconds: a law of the loss, fitted to a sweep, and the speed of this machine."""
 
+import json
 import math
 import re
+import shlex
 import tempfile
 import time
 from dataclasses import dataclass
@@ -82,7 +84,7 @@ class _Candidates:
         self.rated: dict[tuple, dict] = {}
 
     def build(self, width: int, layers: int, vocabulary: int, batch: int):
-        """A trainer of the recipe with these sizes, and the seconds that building it takes in a run."""
+        """A trainer of the recipe with these sizes."""
         start = time.perf_counter()
         model_arguments, data_arguments, arguments = self.parts
         model_arguments.vocab_size, arguments.per_device_train_batch_size = vocabulary, batch
@@ -122,7 +124,7 @@ class _Candidates:
             ),
         }
 
-    def better(self, place: tuple[int, int, int]) -> dict:
+    def at(self, place: tuple[int, int, int]) -> dict:
         """`rate` at a place in `SHAPES`, `VOCABULARIES` and `BATCHES`, each measured once."""
         if place not in self.rated:
             shape, vocabulary, batch = place
@@ -133,7 +135,10 @@ class _Candidates:
 def as_overrides(fields: dict, width: int, layers: int) -> str:
     """`config_overrides` of a recipe with another shape."""
     shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // HEAD_DIM}
-    return ",".join(f"{name}={value}" for name, value in {**fields, **shape}.items())
+    fields = {**fields, **shape}
+    if not all(isinstance(value, str | int | float) for value in fields.values()):
+        return json.dumps(fields)
+    return ",".join(f"{name}={value}" for name, value in fields.items())
 
 
 def choose(model_arguments, data_arguments, arguments, budget: float, law: Law | None = None) -> dict:
@@ -169,7 +174,7 @@ def choose(model_arguments, data_arguments, arguments, budget: float, law: Law |
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir = folder
         found = _Candidates(model_arguments, data_arguments, arguments, budget, law or LAW)
-        best = found.better(start)
+        best = found.at(start)
         place, improved = start, True
         if found.prepared[best["vocab_size"]][1] > budget / 2:
             raise InputError(f"--budget: preparing the data takes {found.prepared[best['vocab_size']][1]:.0f} s.")
@@ -179,13 +184,11 @@ def choose(model_arguments, data_arguments, arguments, budget: float, law: Law |
                 for move in (1, -1):
                     while 0 <= (to := place[axis] + move) < len(values):
                         other = (*place[:axis], to, *place[axis + 1 :])
-                        if found.better(other)["bits_per_byte"] >= best["bits_per_byte"]:
+                        if found.at(other)["bits_per_byte"] >= best["bits_per_byte"]:
                             break
-                        place, best, improved = other, found.better(other), True
-        sizes = [
-            best[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size", "per_device_train_batch_size")
-        ]
-        best = found.rate(*sizes, seconds=5.0)
+                        place, best, improved = other, found.at(other), True
+        shape, vocabulary, batch = place
+        best = found.rate(*SHAPES[shape], VOCABULARIES[vocabulary], BATCHES[batch], seconds=5.0)
     keys = {name: best[name] for name in ("vocab_size", "per_device_train_batch_size", "max_steps")}
     keys = {"config_overrides": as_overrides(fields, best["hidden_size"], best["num_hidden_layers"]), **keys}
     overrides = [word for name, value in keys.items() for word in (f"--{name}", str(value))]
@@ -203,4 +206,4 @@ def in_words(choice: dict, config: str) -> str:
     ]
     lines[1:] = ["next best:", *(f"  {line}" for line in lines[1:])]
     note = "(bits per byte as of the text that the law was fitted to, the presidents' addresses)"
-    return "\n".join([*lines, note, f"hf-lm train {config} {' '.join(choice['overrides'])}"])
+    return "\n".join([*lines, note, f"hf-lm train {config} {shlex.join(choice['overrides'])}"])

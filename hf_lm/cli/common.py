@@ -63,6 +63,7 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
 
     from ..interop.convert import readable
     from ..interop.weights import check_complete, check_files, check_index
+    from ..training.adapters import check_base
 
     if os.path.isdir(path):
         check_index(path)
@@ -75,10 +76,7 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     except InputError as error:
         raise or_out_of_reach(path, error) from error
     check_complete(model, info, path)
-    if os.path.isfile(os.path.join(path, "adapter_config.json")) and model.dtype != torch.float16:
-        from ..training.adapters import check_base
-
-        check_base(path, model)
+    check_base(path, model)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

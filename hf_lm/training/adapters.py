@@ -28,7 +28,7 @@ def base_sha256(model) -> str | None:
     SHA-256 of the start of each weight below the head, in bfloat16 (whatever it was loaded in), without an adapter's.
 
     Returns:
-        None if the weights are not all here.
+        None if the weights are not all here, or in float16, from which bfloat16 is another.
     """
     weights = {name.replace(".base_layer", ""): weight for name, weight in model.base_model.named_parameters()}
     digest = hashlib.sha256()
@@ -36,7 +36,7 @@ def base_sha256(model) -> str | None:
         if ".lora_" in name:
             continue
         part = weights[name].detach().flatten()[:SAMPLED].to("cpu", torch.bfloat16)
-        if not len(part) or part.is_meta:
+        if not len(part) or part.is_meta or weights[name].dtype == torch.float16:
             return None
         digest.update(name.encode() + part.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
@@ -47,8 +47,8 @@ def check_base(folder: str, model) -> None:
     Raises:
         InputError: the adapter that a run wrote to `folder` was trained on other weights than those of `model`.
     """
-    trained_on = read_json(Path(folder) / "metrics.json").get("base_model") or {}
-    if trained_on.get("sha256") not in (None, base_sha256(model)):
+    trained_on = (read_json(Path(folder) / "metrics.json").get("base_model") or {}).get("sha256")
+    if trained_on and base_sha256(model) not in (None, trained_on):
         raise InputError(f"{folder}: the adapter was made for another model: the base model has other weights.")
 
 

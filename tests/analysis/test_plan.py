@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,33 +124,10 @@ def test_largest_model_is_the_one_that_takes_all_of_the_memory():
 
 
 @pytest.fixture
-def recipe(tmp_path, moby_dick):
-    """`recipe(key=value, ...)` writes a small recipe with these keys changed and returns its path."""
-    (tmp_path / "book.txt").write_text(moby_dick[:60_000], encoding="utf-8")
-    keys = {
-        "output_dir": str(tmp_path / "run"),
-        "train_file": str(tmp_path / "book.txt"),
-        "block_size": 64,
-        "vocab_size": 400,
-        "config_overrides": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-        "muon_learning_rate": 0.02,
-        "learning_rate": 0.003,
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 6,
-        "sample_prompts": ["Call me"],
-        "sample_tokens": 8,
-        "report_to": "none",
-    }
-
-    def write(**changes) -> str:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**keys, **changes}))
-        return str(path)
-
-    return write
+def recipe(recipe):
+    """The shared one, as far as it names what costs."""
+    defaults = {"validation_split_percentage": 5, "save_steps": 500, "bf16": None, "forecast": True}
+    return partial(recipe, **defaults, report_to="none")
 
 
 def planned(capsys, *words: str) -> dict:

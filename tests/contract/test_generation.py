@@ -8,7 +8,7 @@ cache, no mask, no batch. Contrastive search, DoLa and forced words are not in t
 import pytest
 import torch
 from harness.tested_configs import TESTED_CONFIGS, tiny_config
-from transformers import CompileConfig, GenerationConfig, cache_utils
+from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -151,9 +151,7 @@ def test_any_cache_gives_the_same(model, cache):
 @pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(
-            "fp8", marks=pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="is newer")
-        ),
+        "fp8",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("quanto", "hqq")),
     ],
 )

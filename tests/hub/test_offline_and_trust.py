@@ -104,7 +104,7 @@ def test_code_of_the_hub_does_not_run_unless_trusted(hub, machine, model_folder)
         )
 
 
-@pytest.mark.parametrize("path", ["/tmp/evil", "../evil", "..\\evil", "C:/evil"])
+@pytest.mark.parametrize("path", ["/evil", "../evil", "..\\evil", "C:/evil"])
 def test_folders_that_name_files_outside_are_refused(model_folder, path):
     config = json.loads((model_folder / "config.json").read_text())
     copies = [shutil.copytree(model_folder, model_folder.parent / name) for name in ("code", "index", "adapter")]

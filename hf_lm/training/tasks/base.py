@@ -1,5 +1,6 @@
 """What all tasks share: a tokenizer, blocks, a model, a trainer; named, or new."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -37,7 +38,7 @@ def add_embeddings(model: torch.nn.Module, count: int, stands_for: list[list[int
             layer.weight[old + number] = layer.weight[parts].mean(dim=0)
 
 
-class Task:
+class Task(ABC):
     """
     From a recipe to a trainer that is ready to run. A task overrides what differs.
 
@@ -62,9 +63,9 @@ class Task:
         """Rows of `"train"`, `"validation"` and `"test"`, checked: an `InputError` names the missing column."""
         return load_rows(self.data_arguments)
 
+    @abstractmethod
     def texts(self, rows) -> Iterator[str]:
         """What a new tokenizer learns from."""
-        raise NotImplementedError
 
     def build_tokenizer(self, rows):
         """The named tokenizer, the checkpoint's, or a new one trained on the rows."""
@@ -82,9 +83,9 @@ class Task:
             tokenizer, self.stands_for = extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
         return tokenizer
 
+    @abstractmethod
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
         """Rows of tokens for the collator, from rows of the data."""
-        raise NotImplementedError
 
     def collator(self, tokenizer):
         """What makes batches of encoded rows."""
