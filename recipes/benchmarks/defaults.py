@@ -1,0 +1,108 @@
+"""
+Whether each default of a new model pays: the Moby-Dick recipe, and the recipe with one choice undone.
+
+    python recipes/benchmarks/defaults.py [--seeds 3] [--steps 600] [--jobs 2] [--json]
+
+Held-out bits per byte after the same number of steps; each choice against the recipe with the same seeds, in pairs, with
+the p of a two-sided paired t-test. What is measured depends on the steps, not on the clock: runs take one thread each and
+may share the machine. Finished runs are appended to `defaults_runs.jsonl` and not repeated. A change that costs time
+per step must win by more than that: `per_step` is its time over the recipe's, median of the runs (rough if shared).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+RECIPE = Path(__file__).parents[1] / "moby_dick" / "config.yaml"
+RUNS = Path(__file__).with_name("defaults_runs.jsonl")
+FIELDS = "hidden_size=128,num_hidden_layers=6,num_attention_heads=4"
+CAP = "final_logit_softcapping=15"
+
+
+def fields(*changes: str) -> list[str]:
+    return ["--config_overrides", ",".join((FIELDS, CAP, *changes))]
+
+
+CHOICES = {  # what the recipe does instead of it: the keys that undo it
+    "recipe": [],
+    "SwiGLU instead of squared ReLU": fields("mlp_type=gated", "hidden_act=silu"),
+    "GELU instead of squared ReLU": fields("hidden_act=gelu"),
+    "no norm of queries and keys": fields("qk_norm=null"),
+    "projections not zero at first": fields("zero_init_residual=false"),
+    "no soft cap of the logits": ["--config_overrides", FIELDS],
+    "embedding and head not tied": fields("tie_word_embeddings=false"),
+    "embeddings times sqrt(width)": fields("embedding_multiplier=11.3"),
+    "AdamW for all": ["--muon_learning_rate", "null"],
+    "cosine instead of constant, then linear to zero": ["--lr_scheduler_type", "cosine"],
+    "weight decay of 0.1": ["--weight_decay", "0.1"],
+    "dropout of 0.1": fields("embedding_dropout=0.1", "residual_dropout=0.1"),
+}
+
+
+def train(choice: str, steps: int, seed: int) -> dict:
+    """One run of the recipe with one thread; its bits per byte and seconds a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "hf_lm", "train", str(RECIPE), "--output_dir", f"{folder}/run"]
+        command += ["--max_steps", str(steps), "--seed", str(seed), "--eval_strategy", "no", "--save_strategy", "no"]
+        command += ["--report_to", "none", "--forecast", "false", "--sample_prompts", "", *CHOICES[choice]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=RECIPE.parents[2], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        metrics = json.loads(Path(folder, "run", "metrics.json").read_text())
+    result = {"choice": choice, "steps": steps, "seed": seed, "bits_per_byte": metrics["bits_per_byte"]}
+    return {**result, "seconds_per_step": metrics["train_seconds"] / steps}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each (3)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run (600)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (2)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = parser.parse_args()
+    from scipy.stats import ttest_rel
+
+    lines = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+    def run(job: tuple[str, int]) -> dict:
+        wanted = {"choice": job[0], "steps": arguments.steps, "seed": job[1]}
+        for line in lines:
+            if wanted.items() <= line.items():
+                return line
+        line = train(job[0], arguments.steps, job[1])
+        with open(RUNS, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    seeds = range(1, arguments.seeds + 1)
+    jobs = [(choice, seed) for seed in seeds for choice in CHOICES]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
+
+    def column(choice: str, name: str) -> list[float]:
+        return [runs[choice, seed][name] for seed in seeds]
+
+    own, times, result = column("recipe", "bits_per_byte"), column("recipe", "seconds_per_step"), {}
+    for choice in CHOICES:
+        got, took = column(choice, "bits_per_byte"), column(choice, "seconds_per_step")
+        row = {"bits_per_byte": statistics.mean(got), "per_step": statistics.median(took) / statistics.median(times)}
+        if choice != "recipe" and len(seeds) > 1:
+            row |= {"worse_by": statistics.mean(got) - statistics.mean(own), "p": float(ttest_rel(got, own).pvalue)}
+        result[choice] = row
+    if arguments.json:
+        print(json.dumps({"result": result, "runs": list(runs.values())}))
+    else:
+        for choice, row in result.items():
+            print(f"{choice:50}" + "".join(f"  {name} {value:+.3f}" for name, value in row.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
