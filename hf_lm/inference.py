@@ -4,8 +4,9 @@ A model made ready to write text on a CPU.
 Decoding reads every weight once a token, so what counts is how fast they are read and how little happens in between:
 the weights that stream by push everything else out of the caches, and each small operation then takes three times as
 long. A plain 16-bit linear layer lays its weights out anew for the CPU's matrix unit at every call; here that is done
-once, layers that read the same input become one product, and the residual is added by the product itself. With 8-bit
-weights there is half as much to read.
+once, layers that read the same input become one product, and the residual is added by the product itself. Weights that
+float16 holds as they are (those of a checkpoint in bfloat16) are read in 16 bits where the CPU computes in float32. With
+8-bit weights there is half as much to read.
 """
 
 import ctypes
@@ -21,6 +22,19 @@ from .functional_hf_lm import eager_attention_forward
 from .modeling_hf_lm import HfLmDecoderLayer, HfLmForCausalLM, HfLmMLP, HfLmRMSNorm, HfLmRotaryEmbedding
 
 HUGE_PAGE = 2**21  # bytes
+HAS_HALF = torch.backends.quantized.engine in ("x86", "fbgemm")  # FBGEMM: float32 inputs, float16 weights
+HAS_INT8 = torch.cpu._is_vnni_supported()  # products of 8 bits that do not overflow between
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether the CPU has instructions for it."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def is_exact_in_half(weight: torch.Tensor) -> bool:
+    """Whether rounding float32 weights `(out, in)` to float16 moves no row by more than float32's epsilon, in its norm."""
+    error, size = (weight - weight.half()).norm(dim=1), weight.norm(dim=1)
+    return bool((error <= torch.finfo(torch.float32).eps * size).all())
 
 
 class PackedLinear(nn.Module):
@@ -29,9 +43,13 @@ class PackedLinear(nn.Module):
 
     Args:
         layers: each with a bias, or none of them.
-        int8: round the weights to 8 bits, with one scale for each output. They are kept twice: one or two rows of
-            inputs (decoding) are multiplied as they are; of more, each input becomes two 8-bit numbers, that is 16
-            bits of the largest in its row, for the CPU's matrix unit, and the products add up exactly in 32 bits.
+        int8: round the weights to 8 bits, with one scale for each output. Where the CPU has products of 8 bits, weights are
+            kept twice: one or two rows of inputs (decoding) are multiplied as they are, in bfloat16; of more, each
+            input becomes two 8-bit numbers, that is 16 bits of the largest in its row, and the products add up exactly
+            in 32 bits. Where it has none, the rounded weights are read in 16 bits: no faster than those not rounded.
+
+    Attributes:
+        weight_bytes (`int`): so many are read to multiply one row.
     """
 
     def __init__(self, *layers: nn.Linear, int8: bool = False):
@@ -39,38 +57,50 @@ class PackedLinear(nn.Module):
         self.sizes = [layer.out_features for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        self.scales = None
+        self.int8 = int8
         if int8:
-            # In the dtype that the small product takes: the weights are rounded with what it multiplies by.
-            self.small_scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12).to(weight.dtype)
+            # Scales in the dtype that the small product takes: the weights are rounded with what it multiplies by.
+            self.small_scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
             self.scales = self.small_scales.float()
-            self.zeros, self.half = torch.zeros(len(weight), dtype=torch.long), torch.tensor(128.0)
             self.rounded = (weight.float() / self.scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.in_half = HAS_HALF and (
+            not HAS_INT8 if int8 else weight.dtype == torch.float32 and is_exact_in_half(weight)
+        )
+        if self.in_half:
+            self.packed = torch.ops.quantized.linear_prepack_fp16(self.rounded.float() if int8 else weight, None)
+        elif int8:
+            self.zeros, self.middle = torch.zeros(len(weight), dtype=torch.long), torch.tensor(128.0)
             self.packed = torch.ops.onednn.qlinear_prepack(self.rounded, [1, weight.shape[1]])
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.weight_bytes = weight.numel() * (2 if self.in_half else 1 if int8 else weight.itemsize)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The outputs, added to `residual` where given."""
-        if self.scales is None and residual is None:
-            return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
-        if self.scales is None:
+        if not (self.int8 or self.in_half):
+            if residual is None:
+                return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= 2 and rows.shape[1] % 16 == 0:  # the kernel reads 16 at a time
-            y = torch._weight_int8pack_mm(rows, self.rounded, self.small_scales)
-        else:
-            y = self._multiply_many(rows)
-        y = y.view(*x.shape[:-1], -1)
+        y = self._multiply_int8(x) if self.int8 else torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         if self.bias is not None:
             y.add_(self.bias)
         return y if residual is None else y.add_(residual)
 
-    def _multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
+    def _multiply_int8(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.in_half:
+            y = torch.ops.quantized.linear_dynamic_fp16(rows.float(), self.packed).mul_(self.scales)
+        elif len(rows) <= 2 and rows.shape[1] % 16 == 0:  # the kernel reads 16 at a time
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.rounded, self.small_scales)
+        else:
+            y = self._multiply_halves(rows)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _multiply_halves(self, rows: torch.Tensor) -> torch.Tensor:
         exact = rows.float()
         largest = torch.linalg.vector_norm(exact, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
         # n = 256 * high + low, both in [-128, 127]: add 128, and the lower byte is low + 128; its top bit turned, low.
-        numbers = torch.add(self.half, exact / largest, alpha=32512).to(torch.int16).bitwise_xor_(128)
+        numbers = torch.add(self.middle, exact / largest, alpha=32512).to(torch.int16).bitwise_xor_(128)
         halves = numbers.view(torch.int8).unflatten(-1, (-1, 2)).movedim(-1, 0)
         low, high = torch.ops.onednn.qlinear_pointwise(
             halves.contiguous(),
@@ -87,7 +117,7 @@ class PackedLinear(nn.Module):
             [],
             "",
         )
-        return low.add_(high, alpha=256).mul_(largest).to(rows.dtype)
+        return low.add_(high, alpha=256).mul_(largest)
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The output of each layer by itself."""
@@ -173,6 +203,8 @@ def use_huge_pages(layers: list[PackedLinear]) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for layer in layers:
+        if layer.in_half:  # whose memory is not to be had
+            continue
         start, size = torch.ops.mkldnn.data_ptr(layer.packed), torch.ops.mkldnn._nbytes(layer.packed)
         end = -(-(start + size) // HUGE_PAGE) * HUGE_PAGE
         start = start // HUGE_PAGE * HUGE_PAGE
@@ -202,7 +234,7 @@ def can_optimize(model: nn.Module) -> bool:
         and model.device.type == "cpu"
         and model.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and (model.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and (model.dtype == torch.float32 or computes_in_bfloat16() or HAS_HALF)
         and all(type(m) is nn.Linear for name, m in model.named_modules() if name.endswith(("_proj", "lm_head")))
     )
 
@@ -213,7 +245,7 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
     before, faster; it can no longer be trained or saved.
 
     Args:
-        model: in bfloat16 or float32, on a CPU.
+        model: in bfloat16 or float32, on a CPU. One in bfloat16 goes to float32 where the CPU does not compute in bfloat16.
         int8: round the weights of the linear layers to 8 bits (see `PackedLinear`).
 
     Raises:
@@ -221,7 +253,7 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
     """
     if not can_optimize(model):
         raise InputError(
-            "model: must be a plain hf_lm model in float32, or in bfloat16 if the CPU computes in it, got "
+            "model: must be an hf_lm model without adapters, in float32 or bfloat16, on a CPU that PyTorch packs it for, got "
             f"{type(model).__name__} in {model.dtype} on {model.device}."
         )
 
@@ -229,6 +261,8 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
         raise InputError("model: was optimized for inference, which cannot be saved. Load it anew to save it.")
 
     model.eval().requires_grad_(False)
+    if not computes_in_bfloat16():
+        model.float()
     plain = is_plain(model.config)
     if plain:
         model.model.rotary_emb = SignedRotaryEmbedding(model.model.rotary_emb)

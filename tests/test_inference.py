@@ -5,7 +5,15 @@ import torch
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.errors import InputError
-from hf_lm.inference import PackedLinear, PackedRMSNorm, can_optimize, is_plain, optimize_for_inference
+from hf_lm.inference import (
+    HAS_HALF,
+    PackedLinear,
+    PackedRMSNorm,
+    can_optimize,
+    computes_in_bfloat16,
+    is_plain,
+    optimize_for_inference,
+)
 from hf_lm.modeling_hf_lm import HfLmRMSNorm
 
 SMALL = {
@@ -113,7 +121,7 @@ def test_bfloat16_differs_by_its_rounding_only(kind):
         want = exact(ids).logits
         error = (optimized(ids).logits.float() - want).norm() / want.norm()
         usual = (plain(ids).logits.float() - want).norm() / want.norm()
-    assert optimized(ids).logits.dtype == torch.bfloat16
+    assert optimized(ids).logits.dtype == (torch.bfloat16 if computes_in_bfloat16() else torch.float32)
     assert error < 1.2 * usual
 
 
@@ -140,6 +148,20 @@ def test_eight_bit_weights_multiply_inputs_as_exact_as_sixteen_bits(rows, width)
     weight = packed.rounded.double() * packed.scales[:, None]
     want = x.double() @ weight.T + layer.bias.double() + residual.double()
     assert (packed(x, residual).double() - want).norm() < 0.006 * want.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_float32_weights_that_sixteen_bits_hold_are_read_in_sixteen_bits(rows):
+    layer = torch.nn.Linear(200, 120).bfloat16().float()
+    packed, x, residual = PackedLinear(layer), torch.randn(rows, 1, 200), torch.randn(rows, 1, 120)
+    assert packed.in_half == HAS_HALF
+    assert packed.weight_bytes == (2 if HAS_HALF else 4) * layer.weight.numel()
+    want = layer.double()(x.double()) + residual.double()
+    torch.testing.assert_close(packed(x, residual).double(), want, rtol=1e-5, atol=1e-5)
+    layer = torch.nn.Linear(200, 120)  # 24 bits of significand, and a range beyond that of float16
+    assert not PackedLinear(layer).in_half
+    layer.weight.data = torch.full_like(layer.weight, 2.0**17)
+    assert not PackedLinear(layer).in_half
 
 
 @pytest.mark.parametrize("offset", [False, True])

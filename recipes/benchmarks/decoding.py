@@ -50,8 +50,11 @@ def read_speed() -> float:
 
 
 def weight_bytes(model) -> int:
-    """Bytes of weights that a step of the model as it comes reads: all matrices, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of weights that a step reads: all matrices, tied ones once; of an optimized model those of its products."""
+    from hf_lm.inference import PackedLinear
+
+    packed = [module.weight_bytes for module in model.modules() if isinstance(module, PackedLinear)]
+    return sum(packed) or sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def generate(model, input_ids, new_tokens: int, **how) -> tuple[float, float, list]:
@@ -144,15 +147,15 @@ def main() -> int:
     dtype = getattr(torch, arguments.dtype)
     models = {kind: load(kind, arguments.folder, dtype) for kind in ("upstream", *arguments.kinds)}
     ids = tokenizer(PASSAGE * (1 + arguments.prompt_tokens // 20))["input_ids"][: arguments.prompt_tokens]
-    size = weight_bytes(models["upstream"])
-    result = {"goal": GOAL, "weight_bytes": size, "dtype": arguments.dtype, "runs": []}
+    sizes = {kind: weight_bytes(model) for kind, model in models.items()}
+    result = {"goal": GOAL, "weight_bytes": sizes, "dtype": arguments.dtype, "runs": []}
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         speed = read_speed()
         for batch in arguments.batch_sizes:
             kinds = measure(models, torch.tensor([ids] * batch), arguments.new_tokens, arguments.repeats)
             for kind, row in kinds.items():
-                row["bandwidth"] = (size if kind != "int8" else size / dtype.itemsize) / row["step"] / speed
+                row["bandwidth"] = sizes[kind] / row["step"] / speed
             result["runs"].append({"threads": threads, "batch": batch, "read_speed": speed, "kinds": kinds})
     if arguments.lookup:
         kind = "packed" if "packed" in models else arguments.kinds[0]
