@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..training.tasks import task_class
 from .forecast import forecast
 
+START = 2e6  # bytes
 REPEATED = 15.4  # epochs after which more of them add almost nothing (R* of arXiv:2305.16264)
 SHAPES = ((64, 4), (96, 5), (128, 6), (192, 6), (256, 8), (384, 8), (512, 10), (640, 12), (768, 12))  # width, layers
 VOCABULARIES, BATCHES = (1024, 2048, 4096), (8, 16, 32)  # those of the sweep
@@ -26,9 +27,11 @@ class Law:
     Held-out bits per byte of a model that was trained to the end of its schedule, in the form of arXiv:2203.15556:
 
         floor + size * matrices**-alpha * vocab**-delta + data * (bytes / (1 + batch / critical))**-beta
+        critical = batch_at_start * (bytes / START)**growth
 
-    `matrices` are the parameters of the layers, `bytes` those of the text that was read, `batch` the tokens of a step
-    (`critical`: arXiv:1812.06162).
+    `matrices` are the parameters of the layers, `bytes` those of the text that was read, `batch` the tokens of a step. A
+    batch of `critical` tokens needs twice the text of a small one (arXiv:1812.06162); it grows with the text that is
+    read (arXiv:2410.21676).
     """
 
     floor: float
@@ -37,7 +40,8 @@ class Law:
     delta: float
     data: float
     beta: float
-    critical: float
+    batch_at_start: float
+    growth: float
 
     def bits_per_byte(self, matrices: float, vocab: float, batch: float, read: float, text: float) -> float:
         """
@@ -48,12 +52,15 @@ class Law:
         again = max(read / text - 1, 0.0)
         worth = min(read, text) + text * REPEATED * -math.expm1(-again / REPEATED)
         by_size = self.size * matrices**-self.alpha * vocab**-self.delta
-        return self.floor + by_size + self.data * (worth / (1 + batch / self.critical)) ** -self.beta
+        critical = self.batch_at_start * (read / START) ** self.growth
+        return self.floor + by_size + self.data * (worth / (1 + batch / critical)) ** -self.beta
 
 
 # Of recipes/addresses, by recipes/benchmarks/scaling.py (0.2 to 6.3 million parameters in the layers, blocks of 128 tokens,
 # 0.2 to 1.6 million tokens).
-LAW = Law(floor=0.9995, size=69.22, alpha=0.3051, delta=0.2072, data=51.62, beta=0.2777, critical=37440.0)
+LAW = Law(
+    floor=0.6756, size=160.2, alpha=0.3959, delta=0.1847, data=15.19, beta=0.1728, batch_at_start=3979.0, growth=0.7392
+)
 
 
 def matrices(width: int, layers: int) -> int:

@@ -12,6 +12,7 @@ machine for itself.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def fit() -> None:
     """The law nearest to the runs: Huber loss of the logarithms (as in arXiv:2203.15556), from several starts."""
     import torch
 
-    from hf_lm.analysis.scaling import Law, matrices
+    from hf_lm.analysis.scaling import START, Law, matrices
 
     text = sum(len(row["text"].encode()) for row in documents()["train"])
     runs = [json.loads(line) for line in RUNS.read_text().splitlines()]
@@ -88,16 +89,17 @@ def fit() -> None:
     for alpha in (0.2, 0.5):
         for beta in (0.2, 0.4):
             for floor in (0.8, 1.4):
-                start = [floor, 50.0**alpha, alpha, 0.1, 1000.0**beta, beta, 4000.0]
+                start = [floor, 50.0**alpha, alpha, 0.1, 1000.0**beta, beta, 4000.0, 0.5]
                 logs = torch.tensor(start, dtype=torch.double).log().requires_grad_()
                 optimizer = torch.optim.LBFGS(
                     [logs], max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=1e-14
                 )
 
                 def predicted(logs=logs):
-                    floor, a, alpha, delta, b, beta, critical = logs.exp()
+                    floor, a, alpha, delta, b, beta, at_start, growth = logs.exp()
                     by_size = a * torch.exp(-alpha * size - delta * vocab)
-                    worth = read - torch.log1p(batch.exp() / critical)
+                    critical = at_start.log() + growth * (read - math.log(START))
+                    worth = read - torch.log1p((batch - critical).exp())
                     return floor + by_size + b * torch.exp(-beta * worth)
 
                 def closure(logs=logs, optimizer=optimizer, predicted=predicted):

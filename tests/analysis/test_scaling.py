@@ -37,7 +37,7 @@ def test_a_budget_needs_a_new_model(recipe, capsys, changes, message):
 @pytest.mark.slow
 def test_a_choice_is_the_best_of_its_candidates_and_trains(recipe, capsys):
     path = recipe(eval_strategy="no")
-    small = Law(floor=1.0, size=19.0, alpha=0.3, delta=0.05, data=42.0, beta=0.3, critical=4000.0)
+    small = Law(floor=1.0, size=19.0, alpha=0.3, delta=0.05, data=42.0, beta=0.3, batch_at_start=4000.0, growth=0.0)
     choice = choose(*parse_recipe(path, []), 12.0, small)
     rated = [one["bits_per_byte"] for one in choice["candidates"]]
     assert len(rated) > 3 and rated == sorted(rated)
