@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from hf_lm.analysis.scaling import LAW, Law, choose, in_words, matrices, seconds_of
+from hf_lm.analysis.scaling import DROPOUT, LAW, Law, choose, in_words, matrices, regularized, seconds_of
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.training.arguments import parse_recipe
@@ -23,6 +23,12 @@ def test_the_law_rewards_size_and_data_and_repeated_data_less():
     assert of(read=3e6, text=1e6) > of(read=3e6, text=3e6) == of(read=3e6, text=1e9)
     plateau = [of(read=1e6 * epochs, text=1e6) for epochs in (16, 64, 4096, 16384)]
     assert plateau[0] > plateau[1] > plateau[2] >= plateau[3] > LAW.floor
+
+
+def test_text_that_is_read_many_times_calls_for_dropout():
+    assert regularized({"norm_eps": 1e-5}, 2.0) == {"norm_eps": 1e-5}
+    assert regularized({"norm_eps": 1e-5}, 12.0) == {"norm_eps": 1e-5} | DROPOUT
+    assert regularized({"residual_dropout": 0.0}, 12.0) == {"residual_dropout": 0.0}  # as the recipe wants it
 
 
 @pytest.mark.parametrize(
