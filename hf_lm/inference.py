@@ -59,18 +59,19 @@ class PackedLinear(nn.Module):
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         self.int8 = int8
         if int8:
-            # Scales in the dtype that the small product takes: the weights are rounded with what it multiplies by.
-            self.small_scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
-            self.scales = self.small_scales.float()
-            self.rounded = (weight.float() / self.scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+            # In the dtype that the small product takes: the weights are rounded with what it multiplies by.
+            scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
+            self.scales = scales.float()
+            rounded = (weight.float() / self.scales[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.in_half = HAS_HALF and (
             not HAS_INT8 if int8 else weight.dtype == torch.float32 and is_exact_in_half(weight)
         )
         if self.in_half:
-            self.packed = torch.ops.quantized.linear_prepack_fp16(self.rounded.float() if int8 else weight, None)
+            self.packed = torch.ops.quantized.linear_prepack_fp16(rounded.float() if int8 else weight, None)
         elif int8:
+            self.rounded, self.small_scales = rounded, scales
             self.zeros, self.middle = torch.zeros(len(weight), dtype=torch.long), torch.tensor(128.0)
-            self.packed = torch.ops.onednn.qlinear_prepack(self.rounded, [1, weight.shape[1]])
+            self.packed = torch.ops.onednn.qlinear_prepack(rounded, [1, weight.shape[1]])
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         self.weight_bytes = weight.numel() * (2 if self.in_half else 1 if int8 else weight.itemsize)

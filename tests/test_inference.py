@@ -145,7 +145,7 @@ def test_eight_bit_weights_multiply_inputs_as_exact_as_sixteen_bits(rows, width)
     x = torch.randn(rows, 1, width, dtype=torch.bfloat16) * torch.logspace(-3, 3, rows)[:, None, None].bfloat16()
     x[-1, 0, 0] = 40 * x[-1].abs().max()  # an outlier, which would leave the others no bits
     residual = torch.randn(rows, 1, 24, dtype=torch.bfloat16)
-    weight = packed.rounded.double() * packed.scales[:, None]
+    weight = (layer.weight.float() / packed.scales[:, None]).round().double() * packed.scales[:, None]
     want = x.double() @ weight.T + layer.bias.double() + residual.double()
     assert (packed(x, residual).double() - want).norm() < 0.006 * want.norm()
 

@@ -213,6 +213,8 @@ def main() -> int:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))
         return 0
+    if not arguments.file:
+        parser.error("FILE is missing")
     seconds, seeds = arguments.seconds, range(1, arguments.seeds + 1)
 
     def spec(kind: str, settings: str = "", rate: float = 1e-3, seed: int = 1, part: int = 1) -> dict:
