@@ -19,8 +19,8 @@ REPEATED = 15.4  # epochs after which more of them add almost nothing (R* of arX
 SHAPES = ((64, 4), (96, 5), (128, 6), (192, 6), (256, 8), (384, 8), (512, 10), (640, 12), (768, 12))  # width, layers
 VOCABULARIES, BATCHES = (1024, 2048, 4096), (8, 16, 32)  # those of the sweep
 HEAD_DIM = 32
-# Moby-Dick read 12 times by the recipe's model: 2.37 bits per byte held out; with dropout of 0.1 1.92, of 0.2 1.93. Read 3
-# and 5 times without: 1.97 and 1.94 (recipes/benchmarks/README.md).
+# Moby-Dick read 12 times by the recipe's model: 2.37 bits per byte held out; with dropout of 0.1 1.92, of 0.2 1.93. Read 5
+# times: 1.94, with dropout of 0.1 1.95 (recipes/benchmarks/README.md).
 DROPOUT, MANY_EPOCHS = {"embedding_dropout": 0.1, "residual_dropout": 0.1}, 6
 
 

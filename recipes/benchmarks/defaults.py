@@ -1,7 +1,7 @@
 """
 Whether each default of a new model pays: the Moby-Dick recipe, and the recipe with one choice undone.
 
-    python recipes/benchmarks/defaults.py [--seeds 3] [--steps 600] [--jobs 2] [--json]
+    python recipes/benchmarks/defaults.py [--seeds 3] [--steps 400] [--jobs 2] [--json]
 
 Held-out bits per byte after the same number of steps; each choice against the recipe with the same seeds, in pairs, with
 the p of a two-sided paired t-test. What is measured depends on the steps, not on the clock: runs take one thread each and
@@ -18,48 +18,49 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
+
 RECIPE = Path(__file__).parents[1] / "moby_dick" / "config.yaml"
 RUNS = Path(__file__).with_name("defaults_runs.jsonl")
-FIELDS = "hidden_size=128,num_hidden_layers=6,num_attention_heads=4"
-CAP = "final_logit_softcapping=15"
-
-
-def fields(*changes: str) -> list[str]:
-    return ["--config_overrides", ",".join((FIELDS, CAP, *changes))]
-
-
-CHOICES = {  # what the recipe does instead of it: the keys that undo it
-    "recipe": [],
-    "SwiGLU instead of squared ReLU": fields("mlp_type=gated", "hidden_act=silu"),
-    "GELU instead of squared ReLU": fields("hidden_act=gelu"),
-    "no norm of queries and keys": fields("qk_norm=null"),
-    "projections not zero at first": fields("zero_init_residual=false"),
-    "no soft cap of the logits": ["--config_overrides", FIELDS],
-    "embedding and head not tied": fields("tie_word_embeddings=false"),
-    "AdamW for all": ["--muon_learning_rate", "null"],
-    "cosine instead of constant, then linear to zero": ["--lr_scheduler_type", "cosine"],
-    "weight decay of 0.1": ["--weight_decay", "0.1"],
+CHOICES = {  # the keys of the recipe, or fields of its configuration, that are other; None: left out
+    "recipe": {},
+    "SwiGLU instead of squared ReLU": {"config_overrides": {"mlp_type": "gated", "hidden_act": "silu"}},
+    "GELU instead of squared ReLU": {"config_overrides": {"hidden_act": "gelu"}},
+    "no norm of queries and keys": {"config_overrides": {"qk_norm": None}},
+    "projections not zero at first": {"config_overrides": {"zero_init_residual": False}},
+    "no soft cap of the logits": {"config_overrides": {"final_logit_softcapping": None}},
+    "embedding and head not tied": {"config_overrides": {"tie_word_embeddings": False}},
+    "AdamW for all": {"muon_learning_rate": None},
+    "cosine instead of constant, then linear to zero": {"lr_scheduler_type": "cosine"},
+    "weight decay of 0.1": {"weight_decay": 0.1},
 }
+
+
+def recipe(choice: str) -> dict:
+    keys, changes = yaml.safe_load(RECIPE.read_text()), dict(CHOICES[choice])
+    keys["config_overrides"] |= changes.pop("config_overrides", {})
+    keys |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "forecast": False, **changes}
+    return {name: value for name, value in keys.items() if value is not None}
 
 
 def train(choice: str, steps: int, seed: int) -> dict:
     """One run of the recipe with one thread; its bits per byte."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "hf_lm", "train", str(RECIPE), "--output_dir", f"{folder}/run"]
-        command += ["--max_steps", str(steps), "--seed", str(seed), "--eval_strategy", "no", "--save_strategy", "no"]
-        command += ["--report_to", "none", "--forecast", "false", "--sample_prompts", "", *CHOICES[choice]]
+        file, output = Path(folder, "recipe.yaml"), Path(folder, "run")
+        file.write_text(yaml.safe_dump(recipe(choice) | {"max_steps": steps, "seed": seed, "output_dir": str(output)}))
+        command = [sys.executable, "-m", "hf_lm", "train", str(file)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=RECIPE.parents[2], capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(done.stderr)
-        metrics = json.loads(Path(folder, "run", "metrics.json").read_text())
+        metrics = json.loads((output / "metrics.json").read_text())
     return {"choice": choice, "steps": steps, "seed": seed, "bits_per_byte": metrics["bits_per_byte"]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (3)")
-    parser.add_argument("--steps", type=int, default=600, help="of each run (600)")
+    parser.add_argument("--steps", type=int, default=400, help="of each run (400)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (2)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
