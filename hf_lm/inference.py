@@ -23,11 +23,11 @@ from .modeling_hf_lm import HfLmDecoderLayer, HfLmForCausalLM, HfLmMLP, HfLmRMSN
 
 HUGE_PAGE = 2**21  # bytes
 HAS_HALF = torch.backends.quantized.engine in ("x86", "fbgemm")  # FBGEMM: float32 inputs, float16 weights
-HAS_INT8 = torch.cpu._is_vnni_supported()  # products of 8 bits that do not overflow between
+HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", bool)()  # products of 8 bits that do not overflow between
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether the CPU has instructions for it."""
+    """Whether oneDNN multiplies in it on this CPU, fast or not (fast: `training.hardware.has_fast_bfloat16`)."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -238,6 +238,12 @@ def can_optimize(model: nn.Module) -> bool:
         and (model.dtype == torch.float32 or computes_in_bfloat16() or HAS_HALF)
         and all(type(m) is nn.Linear for name, m in model.named_modules() if name.endswith(("_proj", "lm_head")))
     )
+
+
+def optimize_where_it_pays(model: nn.Module, int8: bool = False) -> None:
+    """`optimize_for_inference` if asked for 8 bits, or if the model is in bfloat16, where laying out weights costs most."""
+    if int8 or (model.dtype == torch.bfloat16 and can_optimize(model)):
+        optimize_for_inference(model, int8)
 
 
 def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmForCausalLM:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..training.tasks import task_class
 from .forecast import forecast
 
-START = 2e6  # bytes
+START = 2e6  # bytes of text, after which a batch of `batch_at_start` tokens is critical
 REPEATED = 15.4  # epochs after which more of them add almost nothing (R* of arXiv:2305.16264)
 SHAPES = ((64, 4), (96, 5), (128, 6), (192, 6), (256, 8), (384, 8), (512, 10), (640, 12), (768, 12))  # width, layers
 VOCABULARIES, BATCHES = (1024, 2048, 4096), (8, 16, 32)  # those of the sweep

@@ -24,14 +24,13 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from ..evaluation.conversation import check_template, context_limit, prompt_ids
-    from ..inference import can_optimize, optimize_for_inference
+    from ..inference import optimize_where_it_pays
 
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if not tokenizer.chat_template:
         raise InputError(f"{arguments.model}: its tokenizer has no chat template; use hf-lm generate.")
     check_template(tokenizer)
-    if model.dtype == torch.bfloat16 and can_optimize(model):
-        optimize_for_inference(model)
+    optimize_where_it_pays(model)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from ..evaluation.text import context_prefix
-    from ..inference import can_optimize, optimize_for_inference
+    from ..inference import optimize_where_it_pays
 
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     ids = tokenizer(arguments.prompt)["input_ids"] or context_prefix(tokenizer)
@@ -59,8 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     room = arguments.max_new_tokens if limit is None else min(arguments.max_new_tokens, limit - len(ids))
     if room < arguments.max_new_tokens:
         print(f"The model takes {limit} tokens: {room} new ones at most.", file=sys.stderr)
-    if arguments.int8 or (model.dtype == torch.bfloat16 and can_optimize(model)):
-        optimize_for_inference(model, arguments.int8)
+    optimize_where_it_pays(model, arguments.int8)
     input_ids = torch.tensor([ids], device=model.device)
     output = model.generate(
         input_ids,

@@ -37,6 +37,7 @@ CHOICES = {  # the keys of the recipe, or fields of its configuration, that are 
 
 
 def recipe(choice: str) -> dict:
+    """The recipe's keys with a choice undone, and without what takes time on the way."""
     keys, changes = yaml.safe_load(RECIPE.read_text()), dict(CHOICES[choice])
     keys["config_overrides"] |= changes.pop("config_overrides", {})
     keys |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "forecast": False, **changes}
