@@ -268,80 +268,121 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, training: bool =
     return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def _loss_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    scale: float,
+    cap: float | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Sum over rows of `logsumexp(z) - z[label]`, with `z = cap * tanh(scale * (h W^T + b) / cap)`.
+    Sum over rows of `logsumexp(z) - z[label]`, with `z = cap * tanh(scale * (h W^T + b) / cap)`, and its gradients.
 
-    The gradients are computed along with the loss, while a slice of `z` is at hand:
+    These are computed along with the loss, while a slice of `z` is at hand:
     `dz = (softmax(z) - onehot(label)) * scale * (1 - (z / cap) ** 2)`, `dh = dz W`, `dW = dz^T h`.
+
+    Args:
+        hidden: `(rows, hidden)`; weight: `(vocabulary, hidden)`; labels: `(rows,)`.
+        dtype: of the products.
+        needed: which gradients: of `hidden`, `weight`, `bias`.
+
+    Returns:
+        The loss and the three gradients, in float32; empty where not needed.
     """
+    need_hidden, need_weight, need_bias = needed
+    rows_16, matrix = hidden.to(dtype), weight.to(dtype)
+    size, device = weight.shape[0], hidden.device.type
+    height = max(SLICE_ROWS, SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["default"]) // size)
+    width = SLICE_COLUMNS if device == "cpu" and size > WIDE_VOCABULARY else size
+    rows = [slice(i, i + height) for i in range(0, hidden.shape[0], height)]
+    columns = [slice(i, i + width) for i in range(0, size, width)]
+    ignored = (labels == ignore_index)[:, None]
+    targets = labels[:, None].masked_fill(ignored, -1)
+    total, grad_hidden, grad_weight, grad_bias = _empty_results(hidden, weight, bias, needed)
+    for result in (total, grad_hidden, grad_weight, grad_bias):
+        result.zero_()
+
+    def scores(row: slice, column: slice) -> torch.Tensor:
+        z = (rows_16[row] @ matrix[column].T).float()
+        if bias is not None:
+            z += bias[column]
+        if scale != 1.0:
+            z *= scale
+        return z if cap is None else z.div_(cap).tanh_().mul_(cap)
+
+    def log_totals(row: slice) -> torch.Tensor:
+        parts = [scores(row, column).logsumexp(dim=-1, keepdim=True) for column in columns]
+        return torch.cat(parts, dim=1).logsumexp(dim=-1, keepdim=True)
+
+    with torch.autocast(device, enabled=False):
+        known = [log_totals(row) for row in rows] if len(columns) > 1 else [None] * len(rows)
+        for column in columns:
+            for row, log_total in zip(rows, known, strict=True):
+                z = scores(row, column)
+                log_total = z.logsumexp(dim=-1, keepdim=True) if log_total is None else log_total
+                place = targets[row] - column.start
+                outside = (place < 0) | (place >= z.shape[1])
+                place = place.masked_fill(outside, 0)
+                total += (log_total - z.gather(1, place)).masked_fill_(outside, 0.0).sum()
+                if not any(needed):
+                    continue
+                slope = None if cap is None else (z / cap).square_().neg_().add_(1.0)
+                dz = z.sub_(log_total).exp_()
+                dz.scatter_add_(1, place, outside.to(dz.dtype).sub_(1.0))
+                if slope is not None:
+                    dz.mul_(slope)
+                dz.mul_((~ignored[row]).to(dz.dtype).mul_(scale))
+                if need_bias:
+                    grad_bias[column] += dz.sum(dim=0)
+                dz = dz.to(matrix.dtype)
+                if need_hidden:
+                    grad_hidden[row] += dz @ matrix[column]
+                if need_weight:
+                    grad_weight[column] += dz.T @ rows_16[row]
+    return total, grad_hidden, grad_weight, grad_bias
+
+
+def _empty_results(hidden, weight, bias, needed: list[bool]) -> tuple[torch.Tensor, ...]:
+    shapes = [x.shape if need else (0,) for x, need in zip((hidden, weight, bias), needed, strict=True)]
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((), *shapes))
+
+
+# For a compiler, which would unroll the slices into thousands of nodes, or else hold all logits, it is one operator.
+# Named after the module: a copy of it from the Hub has its own.
+_loss_operator = torch.library.custom_op(
+    f"{__name__.replace('.', '_')}::loss_and_gradients", _loss_and_gradients, mutates_args=()
+)
+
+
+@_loss_operator.register_fake
+def _(hidden, weight, bias, labels, scale, cap, ignore_index, dtype, needed):
+    return _empty_results(hidden, weight, bias, needed)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`_loss_and_gradients`, which has done the work of the backward already."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, cap, ignore_index):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-        rows_16, matrix = (hidden, weight) if dtype is None else (hidden.to(dtype), weight.to(dtype))
-        size, device = weight.shape[0], hidden.device.type
-        height = max(SLICE_ROWS, SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["default"]) // size)
-        width = SLICE_COLUMNS if device == "cpu" and size > WIDE_VOCABULARY else size
-        rows = [slice(i, i + height) for i in range(0, hidden.shape[0], height)]
-        columns = [slice(i, i + width) for i in range(0, size, width)]
-        ignored = (labels == ignore_index)[:, None]
-        targets = labels[:, None].masked_fill(ignored, -1)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-
-        def scores(row: slice, column: slice) -> torch.Tensor:
-            z = (rows_16[row] @ matrix[column].T).float()
-            if bias is not None:
-                z += bias[column]
-            if scale != 1.0:
-                z *= scale
-            return z if cap is None else z.div_(cap).tanh_().mul_(cap)
-
-        def log_totals(row: slice) -> torch.Tensor:
-            parts = [scores(row, column).logsumexp(dim=-1, keepdim=True) for column in columns]
-            return torch.cat(parts, dim=1).logsumexp(dim=-1, keepdim=True)
-
-        with torch.autocast(device, enabled=False):
-            known = [log_totals(row) for row in rows] if len(columns) > 1 else [None] * len(rows)
-            for column in columns:
-                for row, log_total in zip(rows, known, strict=True):
-                    z = scores(row, column)
-                    log_total = z.logsumexp(dim=-1, keepdim=True) if log_total is None else log_total
-                    place = targets[row] - column.start
-                    outside = (place < 0) | (place >= z.shape[1])
-                    place = place.masked_fill(outside, 0)
-                    total += (log_total - z.gather(1, place)).masked_fill_(outside, 0.0).sum()
-                    if not any(ctx.needs_input_grad[:3]):
-                        continue
-                    slope = None if cap is None else (z / cap).square_().neg_().add_(1.0)
-                    dz = z.sub_(log_total).exp_()
-                    dz.scatter_add_(1, place, outside.to(dz.dtype).sub_(1.0))
-                    if slope is not None:
-                        dz.mul_(slope)
-                    dz.mul_((~ignored[row]).to(dz.dtype).mul_(scale))
-                    if need_bias:
-                        grad_bias[column] += dz.sum(dim=0)
-                    dz = dz.to(matrix.dtype)
-                    if need_hidden:
-                        grad_hidden[row] += dz @ matrix[column]
-                    if need_weight:
-                        grad_weight[column] += dz.T @ rows_16[row]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    def forward(ctx, hidden, weight, bias, *arguments):
+        needed = list(ctx.needs_input_grad[:3])
+        compute = _loss_operator if torch.compiler.is_compiling() else _loss_and_gradients
+        total, *grads = compute(hidden, weight, bias, *arguments, needed)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [x.dtype if need else None for x, need in zip((hidden, weight, bias), needed, strict=True)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):
         grads = [
-            None if grad is None else (grad * grad_total).to(dtype)
+            None if dtype is None else (grad * grad_total).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None, None)
+        return (*grads, *[None] * 5)
 
 
 def linear_cross_entropy(
@@ -375,6 +416,8 @@ def linear_cross_entropy(
     learned = shift_labels != ignore_index
     if learned.device.type == "cpu" and not is_tracing(learned) and 2 * learned.sum() < len(learned):
         hidden_states, shift_labels = hidden_states[learned], shift_labels[learned]
+    device = hidden_states.device.type
+    mixed = torch.is_autocast_enabled(device)
     total = _LinearCrossEntropy.apply(
         hidden_states,
         lm_head.weight,
@@ -383,6 +426,7 @@ def linear_cross_entropy(
         logit_scale,
         softcap,
         ignore_index,
+        torch.get_autocast_dtype(device) if mixed else hidden_states.dtype,
     )
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()

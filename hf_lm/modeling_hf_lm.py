@@ -471,7 +471,9 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
         is_hooked = head._forward_hooks or head._forward_pre_hooks
         is_usual = self.loss_type == "ForCausalLM" and not hasattr(self, "_loss_function")
-        return is_plain and is_usual and not is_hooked and not is_tracing(hidden_states)
+        # To a compiler the loss is one operator; what is exported must do without it.
+        is_traced = is_tracing(hidden_states) and (not torch.compiler.is_compiling() or torch.compiler.is_exporting())
+        return is_plain and is_usual and not is_hooked and not is_traced
 
     @can_return_tuple
     def forward(

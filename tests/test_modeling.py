@@ -7,6 +7,8 @@ import torch
 import transformers
 from contract.harness.tested_configs import TESTED_CONFIGS, TINY, tiny_config
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -463,6 +465,13 @@ def test_bfloat16_runs_and_is_near(name):
         assert abs(loss - build(name)(ids, labels=ids).loss) < 0.1
 
 
+@pytest.fixture
+def fresh_compiler():
+    """The code of one model is that of all, and the compiler gives up after eight versions of it."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["default", "everything"])
 def test_compiles_to_one_graph(name, backend):
@@ -476,6 +485,38 @@ def test_compiles_to_one_graph(name, backend):
         torch.testing.assert_close(actual.logits[mask.bool()], expected.logits[mask.bool()], **EXACT)
         if "labels" in arguments:
             torch.testing.assert_close(actual.loss, expected.loss)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_compiled_training_gives_the_loss_and_the_gradients_without_the_logits(name, backend):
+    model = build(name, "sdpa").train()
+    ids = draw_ids(2, 9)
+    labels = ids.clone()
+    labels[0, :3] = -100
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        outputs = forward(ids, labels=labels, use_cache=False)
+        assert outputs.logits is None
+        outputs.loss.backward()
+        results.append([outputs.loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_no_tensor_of_a_compiled_training_graph_is_as_large_as_the_logits():
+    model, ids, sizes = build(vocab_size=999).train(), draw_ids(4, 40), []
+
+    def note_sizes(graph, inputs):
+        values = [node.meta.get("val") for node in graph.graph.nodes]
+        sizes.extend(value.numel() for value in values if isinstance(value, torch.Tensor))
+        return make_boxed_func(graph.forward)
+
+    forward = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=note_sizes))
+    forward(ids, labels=ids, use_cache=False).loss.backward()
+    assert 0 < max(sizes) < ids.numel() * 999
 
 
 BAD_INPUT = {
