@@ -277,7 +277,9 @@ def _loss_and_gradients(
     cap: float | None,
     ignore_index: int,
     dtype: torch.dtype,
-    needed: list[bool],
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Sum over rows of `logsumexp(z) - z[label]`, with `z = cap * tanh(scale * (h W^T + b) / cap)`, and its gradients.
@@ -288,12 +290,11 @@ def _loss_and_gradients(
     Args:
         hidden: `(rows, hidden)`; weight: `(vocabulary, hidden)`; labels: `(rows,)`.
         dtype: of the products.
-        needed: which gradients: of `hidden`, `weight`, `bias`.
+        need_hidden, need_weight, need_bias: which gradients.
 
     Returns:
         The loss and the three gradients, in float32; empty where not needed.
     """
-    need_hidden, need_weight, need_bias = needed
     rows_16, matrix = hidden.to(dtype), weight.to(dtype)
     size, device = weight.shape[0], hidden.device.type
     height = max(SLICE_ROWS, SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["default"]) // size)
@@ -302,9 +303,9 @@ def _loss_and_gradients(
     columns = [slice(i, i + width) for i in range(0, size, width)]
     ignored = (labels == ignore_index)[:, None]
     targets = labels[:, None].masked_fill(ignored, -1)
-    total, grad_hidden, grad_weight, grad_bias = _empty_results(hidden, weight, bias, needed)
-    for result in (total, grad_hidden, grad_weight, grad_bias):
-        result.zero_()
+    total = hidden.new_zeros((), dtype=torch.float32)
+    grads = _room_for_gradients((hidden, weight, bias), (need_hidden, need_weight, need_bias))
+    grad_hidden, grad_weight, grad_bias = (grad.zero_() for grad in grads)
 
     def scores(row: slice, column: slice) -> torch.Tensor:
         z = (rows_16[row] @ matrix[column].T).float()
@@ -328,7 +329,7 @@ def _loss_and_gradients(
                 outside = (place < 0) | (place >= z.shape[1])
                 place = place.masked_fill(outside, 0)
                 total += (log_total - z.gather(1, place)).masked_fill_(outside, 0.0).sum()
-                if not any(needed):
+                if not (need_hidden or need_weight or need_bias):
                     continue
                 slope = None if cap is None else (z / cap).square_().neg_().add_(1.0)
                 dz = z.sub_(log_total).exp_()
@@ -346,9 +347,9 @@ def _loss_and_gradients(
     return total, grad_hidden, grad_weight, grad_bias
 
 
-def _empty_results(hidden, weight, bias, needed: list[bool]) -> tuple[torch.Tensor, ...]:
-    shapes = [x.shape if need else (0,) for x, need in zip((hidden, weight, bias), needed, strict=True)]
-    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((), *shapes))
+def _room_for_gradients(inputs: tuple[torch.Tensor | None, ...], needed: tuple[bool, ...]) -> list[torch.Tensor]:
+    shapes = [x.shape if need else (0,) for x, need in zip(inputs, needed, strict=True)]
+    return [inputs[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 # For a compiler, which would unroll the slices into thousands of nodes, or else hold all logits, it is one operator.
@@ -359,8 +360,9 @@ _loss_operator = torch.library.custom_op(
 
 
 @_loss_operator.register_fake
-def _(hidden, weight, bias, labels, scale, cap, ignore_index, dtype, needed):
-    return _empty_results(hidden, weight, bias, needed)
+def _(hidden, weight, bias, labels, scale, cap, ignore_index, dtype, *needed):
+    total = hidden.new_empty((), dtype=torch.float32)
+    return total, *_room_for_gradients((hidden, weight, bias), needed)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -368,9 +370,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, *arguments):
-        needed = list(ctx.needs_input_grad[:3])
+        needed = ctx.needs_input_grad[:3]
         compute = _loss_operator if torch.compiler.is_compiling() else _loss_and_gradients
-        total, *grads = compute(hidden, weight, bias, *arguments, needed)
+        total, *grads = compute(hidden, weight, bias, *arguments, *needed)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [x.dtype if need else None for x, need in zip((hidden, weight, bias), needed, strict=True)]
         return total
