@@ -59,6 +59,7 @@ def test_kinds_differ_as_their_names_say():
     assert len(train_tokenizer([TEXT], 400, "byte")) == 259
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_tokenizer_with_any_number_of_threads(tmp_path):
     program = """
 import sys

@@ -202,10 +202,9 @@ def test_compiled_flex_attention_gives_the_same():
     torch.testing.assert_close(model(PROMPT).logits, plain(PROMPT).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(
-    "name", ["sliding", *(pytest.param(n, marks=pytest.mark.slow) for n in ("default", "llama", "gpt2"))]
-)
+@pytest.mark.parametrize("name", ["sliding", "default", "llama", "gpt2"])
 def test_continuous_batching_equals_generate(name, attention):
     model = build(name, attention)
     prompts = [[5, 17, 33], [8, 60, 21, 40, 41, 42, 43], [9]]

@@ -13,7 +13,6 @@ import pytest
 
 from hf_lm.errors import InputError
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONFIGS = {"one_gpu": 1, "fsdp2_8_gpus": 8, "two_nodes": 16, "zero3": 8}
 
 
@@ -118,8 +117,7 @@ def test_two_launchers_with_the_configuration_of_two_nodes_find_each_other(recip
     on_two += ["--main_process_port", free_port()]
     train = ["-m", "hf_lm", "train", path, "--bf16", "false"]
     nodes = [
-        subprocess.Popen([*on_two, "--machine_rank", rank, *train], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
+        subprocess.Popen([*on_two, "--machine_rank", rank, *train], stderr=subprocess.PIPE, text=True) for rank in "01"
     ]
     said = [node.communicate(timeout=240)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
@@ -156,7 +154,7 @@ def test_slurm_script_saves_on_its_signal_requeues_and_goes_on(recipe, configs, 
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     environment = {
-        **ENVIRONMENT, "PATH": f"{tools}:{os.environ['PATH']}", "SCONTROL_LOG": str(log), "SLURM_JOB_ID": free_port(),
+        **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SCONTROL_LOG": str(log), "SLURM_JOB_ID": free_port(),
         "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "PYTHONPATH": str(configs.parents[1]),
     }  # fmt: skip
     options = {

@@ -50,18 +50,12 @@ CASES = {
 @pytest.fixture(scope="module")
 def server():
     """Processes that have imported everything: importing takes longer than a run."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     yield context
     from multiprocessing import forkserver
 
     forkserver._forkserver._stop()
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
-    else:
-        os.environ["OMP_NUM_THREADS"] = before
 
 
 class Run:

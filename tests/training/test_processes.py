@@ -13,8 +13,6 @@ import torch
 from ranks import command, launch
 from safetensors.torch import load_file
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 def losses(folder: Path) -> list[float]:
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -47,7 +45,7 @@ def test_two_processes_train_and_evaluate_as_one(recipe, repository, tmp_path, m
     double = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "hf_lm", "train", path]
     double += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
     for words in (single, double):
-        result = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+        result = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 12
@@ -210,7 +208,7 @@ def test_a_stream_trains_two_processes_as_one(recipe, tmp_path, moby_dick):
 
 @pytest.mark.slow
 def test_trackio_keeps_the_losses_by_choice(recipe, tmp_path):
-    environment = {**ENVIRONMENT, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
     command = [sys.executable, "-m", "hf_lm", "train", recipe(), "--report_to", "trackio"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -237,7 +235,7 @@ import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sys.exit(main(["train", sys.argv[1]]))
 """
-    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=ENVIRONMENT)
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("hf-lm train: ")
@@ -245,6 +243,6 @@ sys.exit(main(["train", sys.argv[1]]))
     assert checkpoints == ["checkpoint-4"]
     assert not (tmp_path / "run" / "model.safetensors").exists()
     resumed = subprocess.run(
-        [sys.executable, "-m", "hf_lm", "train", path, "--resume"], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, "-m", "hf_lm", "train", path, "--resume"], capture_output=True, text=True
     )
     assert resumed.returncode == 0, resumed.stderr[-2000:]

@@ -18,11 +18,9 @@ from hf_lm.training.callbacks import InterruptCallback
 from hf_lm.training.checkpoints import damage
 from hf_lm.training.run import Interrupted, train
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 def start(*command: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options)
+    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for(condition, limit: float = 90.0) -> None:
@@ -120,7 +118,7 @@ sys.exit(main(["train", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_second_signal_does_not_wait_for_the_disk(recipe, tmp_path, number):
     script = tmp_path / "slow.py"
     script.write_text(SLOW_SEAL)
