@@ -91,6 +91,7 @@ class HfLmTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "train the decoder layers' matrices with Muon at this rate; the rest by optim as usual"},
     )
+    muon_momentum: float = field(default=0.95, metadata={"help": "Nesterov momentum of Muon"})
     sample_prompts: list[str] | None = field(
         default=None, metadata={"help": "texts to continue at each evaluation; an empty one starts a document"}
     )
@@ -129,10 +130,10 @@ class HfLmTrainingArguments(TrainingArguments):
 
     # What must not change between a run and its continuation: everything that decides the weights.
     DECISIVE: ClassVar[tuple[str, ...]] = (
-        "learning_rate", "muon_learning_rate", "lr_scheduler_type", "lr_decay_ratio", "warmup_steps", "max_steps",
-        "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1",
-        "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16", "world_size",
-        "train_sampling_strategy", "early_stopping_patience", "lr_scheduler_kwargs", "optim_args",
+        "learning_rate", "muon_learning_rate", "muon_momentum", "lr_scheduler_type", "lr_decay_ratio", "warmup_steps",
+        "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
+        "world_size", "train_sampling_strategy", "early_stopping_patience", "lr_scheduler_kwargs", "optim_args",
         "label_smoothing_factor", "neftune_noise_alpha", "dataloader_drop_last",
     )  # fmt: skip
 
@@ -149,6 +150,8 @@ class HfLmTrainingArguments(TrainingArguments):
             raise InputError(f"on_divergence: must be stop, skip or rollback, got {self.on_divergence!r}.")
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise InputError(f"spike_factor: must be more than 1, got {self.spike_factor}.")
+        if not 0 <= self.muon_momentum < 1:
+            raise InputError(f"muon_momentum: must be at least 0 and less than 1, got {self.muon_momentum}.")
         self.use_cpu = device == "cpu"  # upstream takes bfloat16 on a CPU only when told that it is one
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):  # as YAML has it
             self.fsdp = self.fsdp.lower() == "true"

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from hf_lm.training.arguments import HfLmTrainingArguments
 from hf_lm.training.optimizers import MuonAdamW, orthogonalize
+from hf_lm.training.trainer import HfLmTrainer
 
 
 def some_parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
@@ -74,3 +76,14 @@ def test_training_goes_on_exactly_from_a_state_dict():
 def test_muon_group_refuses_a_vector():
     with pytest.raises(ValueError, match="matrices.*16"):
         MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(16))], "muon": True}])
+
+
+def test_the_trainer_hands_rate_and_momentum_to_the_layers_matrices(tiny_model, tmp_path):
+    arguments = HfLmTrainingArguments(
+        output_dir=str(tmp_path), learning_rate=0.003, muon_learning_rate=0.02, muon_momentum=0.7, report_to="none"
+    )
+    optimizer = HfLmTrainer(tiny_model, arguments).create_optimizer()
+    muon, *others = optimizer.param_groups
+    assert (muon["muon"], muon["lr"], muon["momentum"]) == (True, 0.02, 0.7)
+    assert {id(p) for p in muon["params"]} == {id(p) for p in tiny_model.model.layers.parameters() if p.ndim == 2}
+    assert [group["lr"] for group in others] == [0.003, 0.003]
