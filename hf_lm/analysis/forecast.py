@@ -62,15 +62,17 @@ def _mean(times: list[float], first: int) -> float:
 
 
 class _Stopwatch(TrainerCallback):
-    """Ends training when enough steps have been timed."""
+    """Ends training when enough steps have been timed; a first one that compiles does not count."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self.times = seconds, []
+    def __init__(self, seconds: float, compiles: bool = False):
+        self.seconds, self.compiles, self.times = seconds, compiles, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.times.append(_now(args.device))
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.compiles:
+            self.compiles, self.times = False, []
         self.times.append(_now(args.device))
         steps, seconds = len(self.times) - 1, self.times[-1] - self.times[0]
         enough = steps >= 2 * WARM_UP + SHARE * state.max_steps
@@ -165,7 +167,7 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
         `tokens_per_second` of the steps alone; and `costs`, the seconds of one `step`, `evaluation`, round of `samples`
         and `save`, with the run's `steps` and the `tokens` of one.
     """
-    start, arguments, watch = time.perf_counter(), trainer.args, _Stopwatch(seconds)
+    start, arguments, watch = time.perf_counter(), trainer.args, _Stopwatch(seconds, trainer.args.torch_compile)
     looks, growth = trainer.eval_dataset is not None and arguments.eval_strategy != "no", 1.0
     with _nothing_changes(trainer), _memory_watched() as memory:
         twin = _twin(trainer, watch)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.analysis import forecast
 from hf_lm.analysis.plan import (
     activation_bytes,
     flops_by_part,
@@ -178,6 +179,18 @@ def test_plan_on_this_machine_times_real_steps_and_leaves_nothing(recipe, tmp_pa
 def test_plan_refuses_what_it_does_not_know(recipe, capsys, words):
     assert main(["plan", recipe(), *words]) == 2
     assert words[-1] in capsys.readouterr().err
+
+
+def test_a_step_that_compiles_is_not_taken_for_the_usual_one(monkeypatch):
+    times = iter((0.0, 100.0, 101.0, 102.0, 103.0))  # the first step compiles for 100 s
+    monkeypatch.setattr(forecast, "_now", lambda device: next(times))
+    watch, control = forecast._Stopwatch(2.5, compiles=True), TrainerControl()
+    arguments, state = Namespace(device=None), TrainerState(max_steps=1000)
+    watch.on_train_begin(arguments, state, control)
+    for _ in range(4):
+        assert not control.should_training_stop
+        watch.on_step_end(arguments, state, control)
+    assert control.should_training_stop and forecast._mean(watch.times, 4) == 1.0
 
 
 def test_forecast_changes_no_bit_of_a_run_and_is_compared_with_it(recipe, tmp_path, capsys):

@@ -226,7 +226,9 @@ def test_weights_that_are_not_finite_are_never_saved(build, tmp_path):
     assert [folder.name for folder in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("on_divergence", "ignore"), ("spike_factor", 0.5), ("muon_momentum", 1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("on_divergence", "ignore"), ("spike_factor", 0.5), ("muon_momentum", 1.0)]
+)
 def test_choices_are_checked(build, key, value):
     with pytest.raises(InputError, match=f"{key}: must be .*{value}"):
         build(**{key: value})
