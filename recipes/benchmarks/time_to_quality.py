@@ -34,7 +34,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-RECIPE = Path(__file__).parents[1] / "moby_dick" / "config.yaml"
+import yaml
+
+RECIPE = yaml.safe_load((Path(__file__).parents[1] / "moby_dick" / "config.yaml").read_text())
 LEARNING_RATES = (1e-3, 2e-3, 3e-3, 6e-3)
 BLOCK, WARM_UP, ROUNDS = 128, 20, 3
 
@@ -127,9 +129,10 @@ def measure(spec: dict) -> dict:
     else:
         keep_freed_memory()
         attention = best_attention("cpu", block)
-        model = HfLmForCausalLM(HfLmConfig(**{"final_logit_softcapping": 15, **shape}, attn_implementation=attention))
+        model = HfLmForCausalLM(HfLmConfig(**RECIPE["config_overrides"] | shape, attn_implementation=attention))
         base, schedule = HfLmTrainer, stable_then_linear
-        keys = {"learning_rate": 3e-3, "muon_learning_rate": 0.02, "weight_decay": 0.0}
+        names = ("learning_rate", "muon_learning_rate", "muon_momentum", "weight_decay")
+        keys = {name: RECIPE[name] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         arguments = HfLmTrainingArguments(
             output_dir=folder, per_device_train_batch_size=batch, max_steps=10**6, save_strategy="no", report_to="none",
@@ -221,10 +224,13 @@ def main() -> int:
         return {"file": arguments.file, "kind": kind, "settings": settings, "learning_rate": rate, "seed": seed,
                 "seconds": seconds / part}  # fmt: skip
 
+    def ours(seed: int = 1, part: int = 1) -> dict:
+        return spec("hf_lm", arguments.hf_lm, RECIPE["learning_rate"], seed, part)
+
     one, at_once = run, 1
     if arguments.by_steps:
         first = [spec("llama", settings) for settings in arguments.llama]
-        one = BySteps(arguments.by_steps, [*first, spec("nanogpt"), spec("hf_lm", arguments.hf_lm, 3e-3)])
+        one = BySteps(arguments.by_steps, [*first, spec("nanogpt"), ours()])
         at_once = arguments.jobs
     with ThreadPoolExecutor(at_once) as pool:
         jobs = [spec("llama", settings, rate) for settings in arguments.llama for rate in arguments.rates]
@@ -234,7 +240,7 @@ def main() -> int:
         for seed in seeds:  # in turn, so that a slow minute hits all alike
             jobs += [spec("llama", best["settings"], best["learning_rate"], seed)] if seed > 1 else []
             jobs += [spec("nanogpt", seed=seed)]
-            jobs += [spec("hf_lm", arguments.hf_lm, 3e-3, seed, part) for part in (1, 2, 8)]
+            jobs += [ours(seed, part) for part in (1, 2, 8)]
         runs = [best, *pool.map(one, jobs)]
 
     def median(kind: str, part: int = 1) -> float:
