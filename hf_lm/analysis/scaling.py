@@ -59,10 +59,10 @@ class Law:
         return self.floor + by_size + self.data * (worth / (1 + batch / critical)) ** -self.beta
 
 
-# Of recipes/addresses, by recipes/benchmarks/scaling.py (0.2 to 6.3 million parameters in the layers, blocks of 128 tokens,
-# 0.2 to 1.6 million tokens).
+# Of recipes/addresses, by recipes/benchmarks/scaling.py (0.2 to 2.7 million parameters in the layers, blocks of 128 tokens,
+# 0.2 to 2.8 million tokens).
 LAW = Law(
-    floor=0.6756, size=160.2, alpha=0.3959, delta=0.1847, data=15.19, beta=0.1728, batch_at_start=3979.0, growth=0.7392
+    floor=0.6756, size=136.9, alpha=0.3959, delta=0.1847, data=6.69, beta=0.1214, batch_at_start=2446.0, growth=1.627
 )
 
 
