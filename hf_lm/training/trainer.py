@@ -250,11 +250,16 @@ class HfLmTrainer(Trainer):
                 is_layer_matrix = parameter.ndim == 2 and re.search(r"(^|\.)layers\.\d+\.", name)
                 groups["muon" if is_layer_matrix else "decayed" if name in decayed else "plain"].append(parameter)
         weight_decay = self.args.weight_decay
-        muon = {"muon": True, "lr": rate, "momentum": self.args.muon_momentum}
         _, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = MuonAdamW(
             [
-                {"params": groups["muon"], "weight_decay": weight_decay, **muon},
+                {
+                    "params": groups["muon"],
+                    "muon": True,
+                    "lr": rate,
+                    "momentum": self.args.muon_momentum,
+                    "weight_decay": weight_decay,
+                },
                 {"params": groups["decayed"], "weight_decay": weight_decay},
                 {"params": groups["plain"], "weight_decay": 0.0},
             ],
