@@ -29,7 +29,8 @@ def run_and_count(folder, *arguments: str, **options) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("config", ["default", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["default", "llama"])
 def test_the_librarys_own_tests_pass(tmp_path, config):
     counts = run_and_count(tmp_path, config=config)
     assert counts["passed"] >= 115, counts

@@ -93,8 +93,10 @@ def test_a_few_documents_are_shared_block_by_block(tmp_path):
         assert seen == Counter(range(documents))
 
 
-@pytest.mark.parametrize("readers", [1, 3])
-@pytest.mark.parametrize("files", [1, 4])
+@pytest.mark.parametrize(
+    ("files", "readers"),
+    [(4, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (1, 3), (4, 1)))],
+)
 def test_loader_workers_lose_and_repeat_nothing(tmp_path, files, readers):
     from torch.utils.data import DataLoader
 

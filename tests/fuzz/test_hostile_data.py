@@ -117,6 +117,7 @@ def test_a_stream_is_refused_before_it_is_trained_on(tmp_path, what):
         load_documents(DataArguments(train_file=str(tmp_path / name), validation_split_percentage=0, streaming=True))
 
 
+@pytest.mark.slow
 def test_rows_of_a_dataset_folder_that_crash_the_reader_are_refused(machine):
     folder = machine.new_work() / "rows"
     folder.mkdir()

@@ -60,6 +60,7 @@ def offline_machine(hub_server, machine):
     client.close()
 
 
+@pytest.mark.slow
 def test_with_a_warm_cache_everything_works_offline_and_no_request_leaves(
     hub, machine, offline_machine, finished_folder
 ):

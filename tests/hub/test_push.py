@@ -182,6 +182,7 @@ def test_a_slow_hub_is_waited_for(hub, client, model_folder):
     assert hub.files("owner/m") == contents(model_folder)
 
 
+@pytest.mark.slow
 def test_a_push_over_xet(hub, xet_client, model_folder, tmp_path):
     pytest.importorskip("hf_xet")
     assert xet_client(PUSH, arguments=[model_folder.as_posix(), "owner/m"]) == 0

@@ -56,6 +56,7 @@ def same_results(left: dict, right: dict, tolerance: float = 0.0) -> bool:
     return all(close(left[key], right[key]) for key in ("tokens", "outputs", "losses", "trained", "code"))
 
 
+@pytest.mark.slow
 def test_remote_code_does_all_that_the_package_does(finished_folder, with_the_package, tmp_path):
     without = use_anywhere(sys.executable, finished_folder, tmp_path, "--hide-hf-lm")
     assert all(module.startswith("transformers_modules.") for module in without["modules"])

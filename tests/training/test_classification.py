@@ -222,6 +222,7 @@ def test_numbers_are_named_in_their_order(task_recipe, rows, labels):
     )
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_with_the_best_checkpoint_and_stays_finished(task_recipe, tmp_path, capsys):
     changes = {"learning_rate": 0.0, "muon_learning_rate": None, "eval_steps": 3, "save_steps": 3}
     path = task_recipe(**changes, metric_for_best_model="accuracy", early_stopping_patience=2)
@@ -236,6 +237,7 @@ def test_early_stopping_ends_with_the_best_checkpoint_and_stays_finished(task_re
     assert run(path, "--resume")["steps"] == 9  # the count goes on from the checkpoint
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_with_the_same_score(task_recipe, tmp_path):
     straight = run(task_recipe(task="label-likelihood"))
     (tmp_path / "run" / "checkpoint-16").rename(tmp_path / "away")

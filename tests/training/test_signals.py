@@ -38,8 +38,10 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("step", [5, 6])
-@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize(
+    ("best", "step"),
+    [(True, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 6), (False, 5), (False, 6)))],
+)
 def test_a_signalled_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, step, best):
     """Also where evaluations are due, with dropout, and where only the best checkpoint would be kept."""
     changes = {"config_overrides": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -118,7 +120,8 @@ sys.exit(main(["train", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_does_not_wait_for_the_disk(recipe, tmp_path, number):
     script = tmp_path / "slow.py"
     script.write_text(SLOW_SEAL)
