@@ -77,7 +77,8 @@ class HfLmConfig(PreTrainedConfig):
             0.046 after 400 steps (one seed), less after more: `recipes/addresses` sets it.
         lm_head_bias (`bool`): bias on `lm_head` [Phi].
         logit_scale (`float`): factor on the logits [Cohere; 1 / `logits_scaling` of Granite].
-        final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` [Gemma 2]; 15 gains 0.005 (p = 0.12) and costs time.
+        final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` [Gemma 2]; 15 gains 0.005 (p = 0.12),
+            and a step takes longer.
 
     Training:
         initializer_range (`float`): standard deviation of the initial weights.
