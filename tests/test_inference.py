@@ -7,6 +7,7 @@ from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.errors import InputError
 from hf_lm.inference import (
     HAS_HALF,
+    HAS_INT8,
     PackedLinear,
     PackedRMSNorm,
     can_optimize,
@@ -148,6 +149,16 @@ def test_eight_bit_weights_multiply_inputs_as_exact_as_sixteen_bits(rows, width)
     weight = (layer.weight.float() / packed.scales[:, None]).round().double() * packed.scales[:, None]
     want = x.double() @ weight.T + layer.bias.double() + residual.double()
     assert (packed(x, residual).double() - want).norm() < 0.006 * want.norm()
+
+
+@pytest.mark.skipif(HAS_INT8, reason="this CPU multiplies the 8 bits themselves")
+def test_eight_bit_weights_beyond_the_range_of_sixteen_keep_theirs():
+    layer = torch.nn.Linear(64, 24)
+    layer.weight.data *= 2.0**20
+    packed, x = PackedLinear(layer, int8=True), torch.randn(3, 64)
+    weight = (layer.weight / packed.scales[:, None]).round() * packed.scales[:, None]
+    torch.testing.assert_close(packed(x), x @ weight.T + layer.bias, rtol=1e-5, atol=1.0)
+    assert not packed.in_half and packed.weight_bytes == 4 * layer.weight.numel()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
