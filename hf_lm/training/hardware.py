@@ -5,6 +5,12 @@ import gc
 import sys
 
 import torch
+from torch import nn
+
+from ..modeling_hf_lm import HfLmMLP
+
+# Bytes. Computing it again took no time that could be measured (135M parameters, 2,048 tokens, AVX2: recipes/LOG.md).
+KEPT_BY_MLPS = 2**28
 
 
 def device_type() -> str:
@@ -29,6 +35,21 @@ def best_attention(device: str, block_size: int) -> str | None:
     against 1.7 ms a layer (batch 8, 4 heads of 32, two cores, bfloat16).
     """
     return "eager" if device == "cpu" and block_size <= 512 else None
+
+
+def recompute_if_large(model: nn.Module, tokens: int, itemsize: int) -> None:
+    """
+    Let training compute what is between the projections of the MLPs twice, where keeping it takes more than
+    `KEPT_BY_MLPS`.
+
+    Args:
+        tokens: of a batch.
+        itemsize: bytes of a number that products come out in.
+    """
+    layers = [module for module in model.modules() if isinstance(module, HfLmMLP)]
+    widths = [layer.up_proj.out_features * (1 if layer.gate_proj is None else 2) for layer in layers]
+    for layer in layers:
+        layer.recompute = tokens * sum(widths) * itemsize > KEPT_BY_MLPS
 
 
 def keep_freed_memory() -> None:

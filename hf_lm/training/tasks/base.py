@@ -17,7 +17,7 @@ from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
 from ..arguments import HfLmTrainingArguments, ModelArguments
-from ..hardware import best_attention
+from ..hardware import best_attention, recompute_if_large
 from ..trainer import HfLmTrainer
 
 
@@ -154,6 +154,9 @@ class Task(ABC):
         model = self.build_model(tokenizer)
         if self.model_arguments.use_peft:
             model = add_adapter(model, self.model_arguments, self.peft_task_type)
+        if arguments.device.type == "cpu" and not arguments.gradient_checkpointing:
+            tokens = arguments.per_device_train_batch_size * self.data_arguments.block_size
+            recompute_if_large(model, tokens, 2 if arguments.bf16 or arguments.fp16 else 4)
         evaluation = encoded.get("validation")
         if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
             evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
