@@ -99,7 +99,7 @@ def measure(spec: dict) -> dict:
     from hf_lm.evaluation.text import score_documents
     from hf_lm.tokenization import train_tokenizer
     from hf_lm.training.arguments import HfLmTrainingArguments
-    from hf_lm.training.hardware import best_attention, keep_freed_memory
+    from hf_lm.training.hardware import best_attention, has_fast_bfloat16, keep_freed_memory
     from hf_lm.training.trainer import HfLmTrainer
 
     kind, seed, seconds, fields = spec["kind"], spec["seed"], spec["seconds"], settings_of(spec["settings"])
@@ -128,7 +128,7 @@ def measure(spec: dict) -> dict:
         ))  # fmt: skip
     else:
         keep_freed_memory()
-        attention = best_attention("cpu", block)
+        attention = best_attention("cpu", block, has_fast_bfloat16("cpu"))
         model = HfLmForCausalLM(HfLmConfig(**RECIPE["config_overrides"] | shape, attn_implementation=attention))
         base, schedule = HfLmTrainer, stable_then_linear
         names = ("learning_rate", "muon_learning_rate", "muon_momentum", "weight_decay")

@@ -6,7 +6,7 @@ Tokens a second and peak memory of a training step, against the library's LlamaF
 The model is a Llama in both cases (the hf_lm side: `hf_lm` with that architecture), random weights in float32, bfloat16
 autocast as the Trainer does it with `bf16: true` (`--dtype float32` without), fused AdamW, one batch of random tokens,
 forward, backward, step. Upstream runs as it comes; hf_lm as `hf-lm train` sets it up (`hf_lm.training.hardware`:
-attention written out for short contexts, freed memory kept, what is large and cheap computed twice).
+attention written out for short contexts in bfloat16, freed memory kept, what is large and cheap computed twice).
 
 Every measurement is a process of its own, in the order A B A B ...; the peak is that of the private memory above what
 the process had before the model. Ratios are taken round by round; their median is printed. CPU seconds are given beside
@@ -57,7 +57,7 @@ def build(kind: str, case: str, tokens: int = 2048, dtype: str = "bfloat16"):
         llama = {"mlp_type": "gated", "hidden_act": "silu", "norm_position": "pre", "qk_norm": None}
         model = HfLmForCausalLM(HfLmConfig(**shape, **llama))
         keep_freed_memory()
-        model.set_attn_implementation(best_attention("cpu", int(context)) or "sdpa")
+        model.set_attn_implementation(best_attention("cpu", int(context), dtype == "bfloat16") or "sdpa")
         recompute_if_large(model, max(tokens, int(context)), 2 if dtype == "bfloat16" else 4)
     return model.train(), VOCABULARIES[vocabulary], int(context)
 

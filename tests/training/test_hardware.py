@@ -15,3 +15,9 @@ def test_only_models_whose_mlps_keep_much_compute_it_twice(tiny_config, monkeypa
         monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
         hardware.recompute_if_large(model, 64, 4)
         assert [layer.mlp.recompute for layer in model.model.layers] == [expected, expected]
+
+
+def test_attention_is_written_out_where_that_is_faster():
+    assert hardware.best_attention("cpu", 512, bfloat16=True) == "eager"
+    others = [("cpu", 513, True), ("cpu", 128, False), ("cuda", 128, True)]
+    assert [hardware.best_attention(*other) for other in others] == [None] * 3

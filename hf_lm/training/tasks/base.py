@@ -106,8 +106,8 @@ class Task(ABC):
 
     def build_model(self, tokenizer) -> torch.nn.Module:
         """A new model that fits the tokenizer, or the named checkpoint with its configuration overridden."""
-        arguments, block_size = self.model_arguments, self.data_arguments.block_size
-        attention = arguments.attn_implementation or best_attention(self.training_arguments.device.type, block_size)
+        arguments, block_size, training = self.model_arguments, self.data_arguments.block_size, self.training_arguments
+        attention = arguments.attn_implementation or best_attention(training.device.type, block_size, training.bf16)
         fields = self.config_fields(tokenizer) | arguments.config_fields()
         if (name := arguments.model_name_or_path) is not None:
             with readable(name):
