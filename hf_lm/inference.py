@@ -56,6 +56,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])
+        dtype = weight.dtype
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         if int8:
             # In the dtype that the small product takes: the weights are rounded with what it multiplies by.
@@ -75,8 +76,8 @@ class PackedLinear(nn.Module):
         if self.in_half:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
         elif not self.int8:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(layers[0].weight.dtype), 1)
-        self.weight_bytes = weight.numel() * (2 if self.in_half else 1 if self.int8 else layers[0].weight.itemsize)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
+        self.weight_bytes = weight.numel() * (2 if self.in_half else 1 if self.int8 else dtype.itemsize)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The outputs, added to `residual` where given."""
