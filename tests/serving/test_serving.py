@@ -176,14 +176,12 @@ def test_over_long_prompts_are_refused_before_they_cost_anything(text, chat):
         400,
         rf"\d+ tokens; the model takes from 1 to {CONTEXT - 1}",
     )
-    start = time.monotonic()
     refused(text.post(TEXT, json={"prompt": "whale " * 500_000}), 400, f"3000000 characters; .* {CONTEXT} tokens")
     long = [{"role": "user", "content": [{"type": "text", "text": "whale " * 500_000}]}]
     refused(chat.post(CHAT, json={"messages": long}), 400, f"characters; .* {CONTEXT} tokens")
     refused(text.post(TEXT, json={"prompt": "a" * MAX_BODY}), 413, f"at most {MAX_BODY}")
     chunked = text.post(TEXT, content=(b"a" * 65536 for _ in range(100)), headers={"content-type": "application/json"})
     assert chunked.status_code == 413
-    assert time.monotonic() - start < 2
     prompt = {"prompt": "Call me", "max_tokens": 10**6, "stream": True}
     with text.stream("POST", TEXT, json=prompt) as answer:  # an answer ends where the context ends
         last = json.loads([line for line in answer.iter_lines() if line][-1].removeprefix("data: "))
@@ -204,16 +202,17 @@ def test_nothing_but_the_model_can_be_reached(text):
     refused(text.get(TEXT), 405, "Not Allowed")
 
 
-def test_answers_nobody_waits_for_are_given_up(text):
-    def seconds(abandoned: int, tokens: int) -> float:
-        start = time.monotonic()
-        for _ in range(abandoned):
+def test_answers_nobody_waits_for_are_given_up(text, model):
+    steps = []
+    hook = model.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        for _ in range(12):
             with text.stream("POST", TEXT, json={"prompt": "a", "max_tokens": CONTEXT, "stream": True}) as answer:
                 next(answer.iter_lines())
-        assert text.post(TEXT, json={"prompt": "a", "max_tokens": tokens}).status_code == 200
-        return time.monotonic() - start
-
-    assert seconds(abandoned=12, tokens=1) < 8 * seconds(abandoned=0, tokens=128)  # all: 96 times as long
+        assert text.post(TEXT, json={"prompt": "a", "max_tokens": 1}).status_code == 200  # its turn comes after theirs
+    finally:
+        hook.remove()
+    assert 12 < len(steps) < 12 * CONTEXT / 2
 
 
 def test_serve_refuses_wrong_arguments(tmp_path, capsys):
