@@ -14,10 +14,7 @@ import hf_lm.functional_hf_lm as functional
 @pytest.mark.parametrize("num_items_in_batch", [None, 7])
 @pytest.mark.parametrize("columns", [50, 16])
 def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, num_items_in_batch, columns):
-    monkeypatch.setattr(functional, "WIDE_VOCABULARY", columns)
-    monkeypatch.setattr(functional, "SLICE_COLUMNS", columns)
-    monkeypatch.setitem(functional.SLICE_ELEMENTS, "cpu", 200)  # several slices, the last one short
-    monkeypatch.setattr(functional, "SLICE_ROWS", 1)
+    monkeypatch.setattr(functional, "slice_shape", lambda *_: (4, columns))  # several slices, the last one short
     torch.manual_seed(0)
     head = nn.Linear(12, 50, bias=bias)
     hidden = torch.randn(3, 9, 12, requires_grad=True)

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from ..functional_hf_lm import SLICE_ELEMENTS, SLICE_ROWS
+from ..functional_hf_lm import slice_shape
 from ..hub.card import WATTS, assumed_watts
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
@@ -137,8 +137,8 @@ def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkp
     batch_size, muon = arguments.per_device_train_batch_size, arguments.muon_learning_rate is not None
     rows, width = batch_size * length, model.config.get_text_config().vocab_size if model.can_generate() else 1
     if model.config.model_type == "hf_lm":  # a slice in float32, its slopes, its gradients in bfloat16
-        elements = SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["default"])
-        rows = 2.5 * min(rows, max(SLICE_ROWS, elements // width))
+        height, width = slice_shape(device, width, torch.bfloat16 if arguments.bf16 else torch.float32)
+        rows = 2.5 * min(rows, height)
     matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
     return {
         "weights": weights,
