@@ -1,7 +1,7 @@
 """
 Whether each default of a new model pays: the Moby-Dick recipe, and the recipe with one choice undone.
 
-    python recipes/benchmarks/defaults.py [--seeds 3] [--steps 400] [--jobs 2] [--json]
+    python recipes/benchmarks/defaults.py [--seeds 3] [--steps 400] [--choices NAME ...] [--jobs 2] [--json]
 
 Held-out bits per byte after the same number of steps; each choice against the recipe with the same seeds, in pairs, with
 the p of a two-sided paired t-test. What is measured depends on the steps, not on the clock: runs take one thread each and
@@ -67,6 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (3)")
     parser.add_argument("--steps", type=int, default=400, help="of each run (400)")
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=CHOICES, metavar="NAME", help="which (all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (2)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
@@ -84,8 +85,8 @@ def main() -> int:
             file.write(json.dumps(line) + "\n")
         return line
 
-    seeds = range(1, arguments.seeds + 1)
-    jobs = [(choice, seed) for seed in seeds for choice in CHOICES]
+    seeds, choices = range(1, arguments.seeds + 1), dict.fromkeys(["recipe", *arguments.choices])
+    jobs = [(choice, seed) for seed in seeds for choice in choices]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
 
@@ -93,7 +94,7 @@ def main() -> int:
         return [runs[choice, seed]["bits_per_byte"] for seed in seeds]
 
     own, result = column("recipe"), {}
-    for choice in CHOICES:
+    for choice in choices:
         got = column(choice)
         row = {"bits_per_byte": statistics.mean(got)}
         if choice != "recipe" and len(seeds) > 1:
