@@ -494,7 +494,7 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["default", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("default", marks=pytest.mark.slow), "everything"])
 def test_compiles_to_one_graph(name, backend):
     model = build(name, "sdpa")
     ids = draw_ids(2, 9)
@@ -512,7 +512,7 @@ def test_compiles_to_one_graph(name, backend):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("default", "aot_eager"),
+        pytest.param("default", "aot_eager", marks=pytest.mark.slow),
         ("everything", "aot_eager"),
         pytest.param("everything", "inductor", marks=pytest.mark.slow),
     ],

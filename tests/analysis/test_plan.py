@@ -150,6 +150,7 @@ def test_plan_for_other_hardware_follows_from_its_stated_peak(recipe, capsys):
     assert "35% of the peak" in text and "450 W" in text and "money" not in text
 
 
+@pytest.mark.slow
 def test_plan_of_epochs_counts_the_data(recipe, tmp_path, capsys):
     path = recipe(max_steps=-1, num_train_epochs=1, eval_strategy="no", save_strategy="no")
     costs = planned(capsys, path, "--hardware", "A100")
@@ -193,6 +194,7 @@ def test_a_step_that_compiles_is_not_taken_for_the_usual_one(monkeypatch):
     assert control.should_training_stop and forecast._mean(watch.times, 4) == 1.0
 
 
+@pytest.mark.slow
 def test_forecast_changes_no_bit_of_a_run_and_is_compared_with_it(recipe, tmp_path, capsys):
     dropout = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "residual_dropout": 0.1}
     for name in ("true", "false"):

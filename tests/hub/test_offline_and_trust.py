@@ -72,6 +72,7 @@ def test_with_a_warm_cache_everything_works_offline_and_no_request_leaves(
     assert hub.calls == [] and offline_machine("import builtins\nresult = builtins.left") == []
 
 
+@pytest.mark.slow
 def test_with_a_cold_cache_the_error_says_what_to_do(hub, offline_machine):
     for load in ("load_model", "load_tokenizer"):
         with pytest.raises(RemoteError, match="InputError: owner/cold: .*not in the cache.*hf download owner/cold"):
@@ -83,6 +84,7 @@ def test_with_a_cold_cache_the_error_says_what_to_do(hub, offline_machine):
     assert hub.calls == []
 
 
+@pytest.mark.slow
 def test_pinned_revisions_of_weights_and_code_are_honoured(hub, machine, model_folder):
     """Someone with the right to write replaces the code; who has pinned a commit keeps running what they have read."""
     good = put(hub, "owner/pinned", model_folder)

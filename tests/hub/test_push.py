@@ -219,7 +219,10 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
-@pytest.mark.parametrize(("protocol", "trainer"), [("client", "stock"), ("xet_client", "stock"), ("client", "ours")])
+@pytest.mark.parametrize(
+    ("protocol", "trainer"),
+    [("client", "stock"), pytest.param("xet_client", "stock", marks=pytest.mark.slow), ("client", "ours")],
+)
 def test_every_push_of_the_trainer_is_complete_and_free_of_its_pickles(
     hub, request, protocol, trainer, strategy, model_folder
 ):

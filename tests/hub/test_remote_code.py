@@ -151,6 +151,7 @@ def test_a_class_of_the_user_is_left_to_the_library(tiny_config, tmp_path, monke
     assert (tmp_path / "out" / "modeling_mine.py").exists()
 
 
+@pytest.mark.slow
 def test_the_library_cannot_run_code_of_a_folder_that_is_not_trusted(model_folder, tmp_path):
     """With the package the installed classes are used; without it, not trusting means not loading."""
     flag = tmp_path / "ran"

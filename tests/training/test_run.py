@@ -63,6 +63,7 @@ def test_the_kept_recipe_runs_the_same(recipe, tmp_path):
     assert json.loads((tmp_path / "second" / "metrics.json").read_text())["seed"] == 7
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint_of_ours_or_of_another_family(recipe, tmp_path):
     first = run(recipe(max_steps=40, output_dir=str(tmp_path / "first")))
     second = run(recipe(max_steps=40, model_name_or_path=str(tmp_path / "first"), config_overrides=None))
@@ -96,6 +97,7 @@ def test_held_out_numbers_do_not_depend_on_the_batch_size(recipe):
     assert first["eval_tokens"] == second["eval_tokens"]
 
 
+@pytest.mark.slow
 def test_a_stream_trains_like_the_same_rows_on_disk(recipe, tmp_path, moby_dick):
     lines = [moby_dick[start : start + 500] for start in range(0, 60_000, 500)]
     for name, part in (("train", lines[:100]), ("held_out", lines[100:])):
@@ -220,7 +222,8 @@ def test_nan_stops_the_run_and_keeps_the_checkpoints(recipe, tmp_path, capsys):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_resume_goes_on(recipe, tmp_path, number):
     path = recipe(max_steps=100_000, save_steps=50_000, eval_strategy="no")
     process = subprocess.Popen([sys.executable, "-m", "hf_lm", "train", path], stderr=subprocess.PIPE, text=True)

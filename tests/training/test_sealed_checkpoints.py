@@ -155,6 +155,7 @@ def test_other_data_and_another_model_are_refused(recipe, tmp_path):
         train(*parse_recipe(path, ["--resume", "--max_steps", "8", "--save_steps", "4"]))
 
 
+@pytest.mark.slow
 def test_counts_go_on_over_a_resume(recipe, tmp_path):
     path = recipe(eval_strategy="no", report_to="none")
     straight = train(*parse_recipe(path, []))
@@ -254,6 +255,7 @@ def test_a_best_step_without_a_checkpoint_costs_nothing(trainer, tmp_path, limit
     assert names(tmp_path / "run") == [f"checkpoint-{step}" for step in ((12,) if limit == 1 else (12, 8))]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_a_checkpoint_is_sealed_ends_the_run_soon(trainer, tmp_path, monkeypatch):
     """At the next step: not after all those until the next save."""
     run, soft = (

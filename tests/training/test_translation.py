@@ -274,6 +274,7 @@ def test_a_column_of_translations_is_read_too(recipe, tmp_path, sentences, strea
     )
 
 
+@pytest.mark.slow
 def test_an_existing_model_learns_new_pairs(recipe, tmp_path):
     run(recipe(language_pairs=["en-de"], output_dir=str(tmp_path / "first")))
     changes = {"model_name_or_path": str(tmp_path / "first"), "config_overrides": None, "language_pairs": ["de-en"]}
