@@ -36,6 +36,13 @@ def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, 
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_only_fast_products_are_worth_computing_logits_twice():
+    shape, wide, narrow = functional.slice_shape, functional.WIDE_VOCABULARY + 1, functional.WIDE_VOCABULARY
+    assert shape("cpu", wide, torch.bfloat16) == (functional.SLICE_ROWS, functional.SLICE_COLUMNS)
+    whole = [("cpu", narrow, torch.bfloat16), ("cpu", wide, torch.float32), ("cuda", wide, torch.bfloat16)]
+    assert all(shape(*case)[1] == case[1] and shape(*case)[0] >= functional.SLICE_ROWS for case in whole)
+
+
 def test_loss_without_logits_takes_shifted_labels_and_frozen_heads():
     torch.manual_seed(0)
     head = nn.Linear(12, 50).requires_grad_(False)
