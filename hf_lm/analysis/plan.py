@@ -22,6 +22,7 @@ from ..functional_hf_lm import slice_shape
 from ..hub.card import WATTS, assumed_watts
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
+from ..training.hardware import recompute_if_large
 from ..training.tasks import task_class
 from .explain import decoder_layers
 from .forecast import forecast
@@ -106,12 +107,18 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
         def total() -> int:
             return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
+        def hold(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+            keep(output)  # what is computed again from it does not save it, but keeps it as an argument
+
         def enter(module: nn.Module, arguments: tuple, keywords: dict) -> None:
             inputs.append((arguments[0] if arguments else keywords["hidden_states"]).nbytes)
             inside.append(-total())
 
         hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
         hooks += [layer.register_forward_hook(lambda *_: inside.append(total())) for layer in layers]
+        for mlp in (module for module in layers.modules() if getattr(module, "recompute", False)):
+            projections = filter(None, (mlp.gate_proj, mlp.up_proj))
+            hooks += [projection.register_forward_hook(hold) for projection in projections]
         with next(model.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             ids = torch.zeros(rows, length, dtype=torch.long)
             labels = ids if model.can_generate() else ids[:, 0]
@@ -140,6 +147,8 @@ def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkp
         height, width = slice_shape(device, width, torch.bfloat16 if arguments.bf16 else torch.float32)
         rows = 2.5 * min(rows, height)
     matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
+    again = batch_size * length if device == "cpu" and not checkpointing else 0
+    recompute_if_large(model, again, 2 if arguments.bf16 else 4)  # as training does
     return {
         "weights": weights,
         "gradients": learned,

@@ -1,6 +1,7 @@
 """What a run will cost: counted against torch's own counters, measured against real steps, and against a whole run."""
 
 import json
+import math
 import subprocess
 import sys
 from argparse import Namespace
@@ -23,6 +24,7 @@ from hf_lm.analysis.plan import (
     parameters_by_part,
 )
 from hf_lm.cli import main
+from hf_lm.training import hardware
 from hf_lm.training.optimizers import MuonAdamW
 
 SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,6 +97,19 @@ def test_activations_are_what_a_real_step_keeps(bf16):
     planned = activation_bytes(sketch, 5, 32, bf16)
     assert planned == pytest.approx(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), rel=0.01)
     assert activation_bytes(sketch, 5, 32, bf16, checkpointing=True) < 0.75 * planned
+
+
+@pytest.mark.parametrize(("mlp_type", "hidden_act", "fewer"), [("plain", "relu2", 1), ("gated", "silu", 2)])
+def test_activations_that_a_cpu_computes_again_are_not_kept(mlp_type, hidden_act, fewer, monkeypatch):
+    with FakeTensorMode():
+        model, sizes = tiny(mlp_type=mlp_type, hidden_act=hidden_act), {}
+        for limit in (math.inf, 0):
+            monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
+            for device in ("cpu", "cuda"):
+                sizes[limit, device] = memory_by_part(model, arguments(), 32, device, False)["activations"]
+    tensor = 4.0 * 2 * 32 * model.config.intermediate_size
+    assert sizes[math.inf, "cpu"] - sizes[0, "cpu"] == model.config.num_hidden_layers * fewer * tensor
+    assert sizes[0, "cuda"] == sizes[math.inf, "cuda"] == sizes[math.inf, "cpu"]
 
 
 def test_devices_share_what_their_strategy_divides():
