@@ -22,7 +22,7 @@ from ..functional_hf_lm import slice_shape
 from ..hub.card import WATTS, assumed_watts
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
-from ..training.hardware import recompute_if_large
+from ..training.hardware import fit_to_cpu
 from ..training.tasks import task_class
 from .explain import decoder_layers
 from .forecast import forecast
@@ -147,8 +147,6 @@ def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkp
         height, width = slice_shape(device, width, torch.bfloat16 if arguments.bf16 else torch.float32)
         rows = 2.5 * min(rows, height)
     matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
-    again = batch_size * length if device == "cpu" and not checkpointing else 0
-    recompute_if_large(model, again, 2 if arguments.bf16 else 4)  # as training does
     return {
         "weights": weights,
         "gradients": learned,
@@ -300,6 +298,9 @@ def plan(
         if steps <= 0:
             steps = math.ceil(arguments.num_train_epochs * count_tokens(rows["train"], task, tokenizer) / step_tokens)
     model = sketch(task, tokenizer)
+    if device == "cpu":
+        attention = model_arguments.attn_implementation is None
+        fit_to_cpu(model, arguments.per_device_train_batch_size, length, arguments.bf16, attention)
     parts, tokens = parameters_by_part(model), steps * step_tokens
     flops = flops_by_part(model, length, step_tokens if arguments.muon_learning_rate is not None else None)
     per_token = sum(flops.values())

@@ -5,12 +5,13 @@ import gc
 import sys
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..modeling_hf_lm import HfLmMLP
 
-# Bytes. Computing it again took no time that could be measured (135M parameters, 2,048 tokens, AVX2: recipes/LOG.md).
-KEPT_BY_MLPS = 2**28
+# Bytes that a forward keeps for the backward. Of the MLPs: computing it again took no time that could be measured (17M and
+# 135M parameters, float32). Of attention's probabilities: 17M and 512 tokens stay below (recipes/LOG.md).
+KEPT_BY_MLPS, KEPT_BY_ATTENTION = 1e8, 2.5e8
 
 
 def device_type() -> str:
@@ -27,29 +28,36 @@ def has_fast_bfloat16(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def best_attention(device: str, block_size: int, bfloat16: bool) -> str | None:
+def fit_to_cpu(
+    model: PreTrainedModel,
+    batch_size: int,
+    length: int,
+    bfloat16: bool,
+    attention: bool = True,
+    recompute: bool = True,
+) -> None:
     """
-    The attention implementation to train with; None for the library's choice.
+    Let a model train on a CPU as fast as it can without keeping much.
 
-    On a CPU, the backward of PyTorch's fused kernel costs more in bfloat16 than writing out short attention: at 128 tokens
-    5.2 ms against 1.7 ms a layer (batch 8, 4 heads of 32, two cores). In float32 it costs no more, and takes less memory.
-    """
-    return "eager" if device == "cpu" and block_size <= 512 and bfloat16 else None
-
-
-def recompute_if_large(model: nn.Module, tokens: int, itemsize: int) -> None:
-    """
-    Let training compute what is between the projections of the MLPs twice, where keeping it takes more than
-    `KEPT_BY_MLPS`.
+    - Short attention in bfloat16 is written out: the backward of PyTorch's fused kernel takes 5.2 ms a layer, this 1.7 ms
+      (128 tokens, batch 8, 4 heads of 32, two cores). Not in float32, where it is no faster and takes more memory, nor
+      where its probabilities would take more than `KEPT_BY_ATTENTION`.
+    - What is between the projections of the MLPs is computed twice where keeping it would take more than `KEPT_BY_MLPS`.
 
     Args:
-        tokens: of a batch.
-        itemsize: bytes of a number that products come out in.
+        batch_size, length: rows of a batch, and their tokens.
+        bfloat16: whether products are computed in it.
+        attention: choose its implementation; where not, it stays as it is.
+        recompute: what MLPs keep is computed twice where it is much; False: nowhere.
     """
+    config, itemsize = model.config.get_text_config(), 2 if bfloat16 else 4
+    probabilities = batch_size * length**2 * config.num_attention_heads * config.num_hidden_layers * itemsize
+    if attention and bfloat16 and length <= 512 and probabilities <= KEPT_BY_ATTENTION:
+        model.set_attn_implementation("eager")
     layers = [module for module in model.modules() if isinstance(module, HfLmMLP)]
     widths = [layer.up_proj.out_features * (1 if layer.gate_proj is None else 2) for layer in layers]
     for layer in layers:
-        layer.recompute = tokens * sum(widths) * itemsize > KEPT_BY_MLPS
+        layer.recompute = recompute and batch_size * length * sum(widths) * itemsize > KEPT_BY_MLPS
 
 
 def keep_freed_memory() -> None:

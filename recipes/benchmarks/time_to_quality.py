@@ -99,7 +99,7 @@ def measure(spec: dict) -> dict:
     from hf_lm.evaluation.text import score_documents
     from hf_lm.tokenization import train_tokenizer
     from hf_lm.training.arguments import HfLmTrainingArguments
-    from hf_lm.training.hardware import best_attention, has_fast_bfloat16, keep_freed_memory
+    from hf_lm.training.hardware import fit_to_cpu, has_fast_bfloat16, keep_freed_memory
     from hf_lm.training.trainer import HfLmTrainer
 
     kind, seed, seconds, fields = spec["kind"], spec["seed"], spec["seconds"], settings_of(spec["settings"])
@@ -128,8 +128,8 @@ def measure(spec: dict) -> dict:
         ))  # fmt: skip
     else:
         keep_freed_memory()
-        attention = best_attention("cpu", block, has_fast_bfloat16("cpu"))
-        model = HfLmForCausalLM(HfLmConfig(**RECIPE["config_overrides"] | shape, attn_implementation=attention))
+        model = HfLmForCausalLM(HfLmConfig(**RECIPE["config_overrides"] | shape))
+        fit_to_cpu(model, batch, block, has_fast_bfloat16("cpu"))
         base, schedule = HfLmTrainer, stable_then_linear
         names = ("learning_rate", "muon_learning_rate", "muon_momentum", "weight_decay")
         keys = {name: RECIPE[name] for name in names}

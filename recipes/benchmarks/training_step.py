@@ -21,6 +21,14 @@ import subprocess
 import sys
 import time
 
+import psutil
+import torch
+from data_pipeline import PeakMemory
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.training.hardware import fit_to_cpu, keep_freed_memory
+
 GOAL = {"eager": 1.4, "compiled": 1.15, "memory at 49k": 0.6}
 SHAPES = {  # hidden, MLP, layers, heads, key/value heads
     "17M": (384, 1024, 8, 6, 6),
@@ -32,9 +40,6 @@ CASES = ("17M-8k-512", "17M-8k-2048", "17M-49k-512", "17M-49k-2048", "135M-49k-5
 
 def build(kind: str, case: str, tokens: int = 2048, dtype: str = "bfloat16"):
     """The model of one case, and its vocabulary and context."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     size, vocabulary, context = case.split("-")
     hidden, mlp, layers, heads, kv_heads = SHAPES[size]
     shape = {
@@ -51,23 +56,15 @@ def build(kind: str, case: str, tokens: int = 2048, dtype: str = "bfloat16"):
     if kind == "upstream":
         model = LlamaForCausalLM(LlamaConfig(**shape))
     else:
-        from hf_lm import HfLmConfig, HfLmForCausalLM
-        from hf_lm.training.hardware import best_attention, keep_freed_memory, recompute_if_large
-
         llama = {"mlp_type": "gated", "hidden_act": "silu", "norm_position": "pre", "qk_norm": None}
         model = HfLmForCausalLM(HfLmConfig(**shape, **llama))
         keep_freed_memory()
-        model.set_attn_implementation(best_attention("cpu", int(context), dtype == "bfloat16") or "sdpa")
-        recompute_if_large(model, max(tokens, int(context)), 2 if dtype == "bfloat16" else 4)
+        fit_to_cpu(model, max(1, tokens // int(context)), int(context), dtype == "bfloat16")
     return model.train(), VOCABULARIES[vocabulary], int(context)
 
 
 def measure(kind: str, case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds and CPU seconds a step, tokens, peak memory in MB, in this process."""
-    import psutil
-    import torch
-    from data_pipeline import PeakMemory
-
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with PeakMemory(psutil.Process()) as memory:

@@ -1,5 +1,7 @@
 """What the machine is good at decides how a model is trained, not what comes out."""
 
+from copy import copy
+
 import pytest
 
 from hf_lm import HfLmForCausalLM
@@ -13,11 +15,24 @@ def test_only_models_whose_mlps_keep_much_compute_it_twice(tiny_config, monkeypa
     size = kept * 64 * tiny_config.intermediate_size * tiny_config.num_hidden_layers * 4
     for limit, expected in ((size, False), (size - 1, True)):
         monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
-        hardware.recompute_if_large(model, 64, 4)
+        hardware.fit_to_cpu(model, 2, 32, bfloat16=False)
         assert [layer.mlp.recompute for layer in model.model.layers] == [expected, expected]
 
 
-def test_attention_is_written_out_where_that_is_faster():
-    assert hardware.best_attention("cpu", 512, bfloat16=True) == "eager"
-    others = [("cpu", 513, True), ("cpu", 128, False), ("cuda", 128, True)]
-    assert [hardware.best_attention(*other) for other in others] == [None] * 3
+@pytest.mark.parametrize(
+    ("length", "bfloat16", "own", "expected"),
+    [(32, True, None, "eager"), (32, False, None, "sdpa"), (513, True, None, "sdpa"), (32, True, "sdpa", "sdpa")],
+)
+def test_attention_is_written_out_where_that_is_faster(tiny_config, length, bfloat16, own, expected):
+    model = HfLmForCausalLM(tiny_config)
+    hardware.fit_to_cpu(model, 2, length, bfloat16, attention=own is None)
+    assert model.config._attn_implementation == expected
+
+
+def test_attention_whose_probabilities_take_much_is_not_written_out(tiny_config, monkeypatch):
+    kept = 2 * 32**2 * tiny_config.num_attention_heads * tiny_config.num_hidden_layers * 2
+    for limit, expected in ((kept, "eager"), (kept - 1, "sdpa")):
+        model = HfLmForCausalLM(copy(tiny_config))
+        monkeypatch.setattr(hardware, "KEPT_BY_ATTENTION", limit)
+        hardware.fit_to_cpu(model, 2, 32, bfloat16=True)
+        assert model.config._attn_implementation == expected

@@ -17,7 +17,7 @@ from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
 from ..arguments import HfLmTrainingArguments, ModelArguments
-from ..hardware import best_attention, recompute_if_large
+from ..hardware import fit_to_cpu
 from ..trainer import HfLmTrainer
 
 
@@ -106,8 +106,7 @@ class Task(ABC):
 
     def build_model(self, tokenizer) -> torch.nn.Module:
         """A new model that fits the tokenizer, or the named checkpoint with its configuration overridden."""
-        arguments, block_size, training = self.model_arguments, self.data_arguments.block_size, self.training_arguments
-        attention = arguments.attn_implementation or best_attention(training.device.type, block_size, training.bf16)
+        arguments, attention = self.model_arguments, self.model_arguments.attn_implementation
         fields = self.config_fields(tokenizer) | arguments.config_fields()
         if (name := arguments.model_name_or_path) is not None:
             with readable(name):
@@ -128,7 +127,7 @@ class Task(ABC):
         if unknown:
             raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}.")
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": block_size}
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": self.data_arguments.block_size}
         with explained("config_overrides"):
             config = HfLmConfig(attn_implementation=attention, **(sizes | special | fields))
         model = self.model_class(config)
@@ -152,11 +151,17 @@ class Task(ABC):
             size = self.data_arguments.shuffle_buffer_size
             encoded["train"] = encoded["train"].shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=size)
         model = self.build_model(tokenizer)
+        if arguments.device.type == "cpu":
+            fit_to_cpu(
+                model,
+                arguments.per_device_train_batch_size,
+                self.data_arguments.block_size,
+                arguments.bf16,
+                attention=self.model_arguments.attn_implementation is None,
+                recompute=not arguments.gradient_checkpointing,
+            )
         if self.model_arguments.use_peft:
             model = add_adapter(model, self.model_arguments, self.peft_task_type)
-        if arguments.device.type == "cpu" and not arguments.gradient_checkpointing:
-            tokens = arguments.per_device_train_batch_size * self.data_arguments.block_size
-            recompute_if_large(model, tokens, 2 if arguments.bf16 or arguments.fp16 else 4)
         evaluation = encoded.get("validation")
         if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
             evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
