@@ -11,6 +11,7 @@ float16 holds as they are (those of a checkpoint in bfloat16) are read in 16 bit
 
 import ctypes
 import sys
+import warnings
 
 import torch
 from torch import nn
@@ -20,15 +21,19 @@ from .configuration_hf_lm import HfLmConfig
 from .errors import InputError
 from .functional_hf_lm import eager_attention_forward
 from .modeling_hf_lm import HfLmDecoderLayer, HfLmForCausalLM, HfLmMLP, HfLmRMSNorm, HfLmRotaryEmbedding
+from .training.hardware import has_fast_bfloat16
 
 HUGE_PAGE = 2**21  # bytes
-HAS_HALF = torch.backends.quantized.engine in ("x86", "fbgemm")  # FBGEMM: float32 inputs, float16 weights
-HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", bool)()  # products of 8 bits that do not overflow between
+HAS_FBGEMM = torch.backends.quantized.engine in (
+    "x86",
+    "fbgemm",
+)  # products of float32 inputs with 16- and 8-bit weights
+HAS_VNNI = getattr(torch.cpu, "_is_vnni_supported", bool)()  # 8-bit products that do not overflow between
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether oneDNN multiplies in it on this CPU, fast or not (fast: `training.hardware.has_fast_bfloat16`)."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether a model in bfloat16 stays in it: where FBGEMM reads 16-bit weights only if the CPU multiplies in it, too."""
+    return has_fast_bfloat16("cpu") if HAS_FBGEMM else torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def fits_half(weight: torch.Tensor, error: float) -> bool:
@@ -37,53 +42,55 @@ def fits_half(weight: torch.Tensor, error: float) -> bool:
     return bool((moved <= error * size).all())
 
 
+def pack_int8(weight: torch.Tensor):
+    """Float32 weights `(out, in)` rounded to 8 bits, with one scale for each output, and laid out for FBGEMM."""
+    largest = weight.abs().amax(dim=1)
+    if not HAS_VNNI:  # then the products of two neighbours are added up in 16 bits, which 255 * 128 fit
+        largest = largest.maximum((weight[:, 1:] + weight[:, :-1]).abs().amax(dim=1))
+    scales, zeros = (largest / 127).clamp(min=1e-12), torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings():  # a release after those that `pyproject.toml` allows will have no such tensors
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(rounded, None)
+
+
 class PackedLinear(nn.Module):
     """
     The outputs of linear layers of the same input, side by side: `(..., in)` -> `(..., sum of out)`.
 
     Args:
         layers: each with a bias, or none of them.
-        int8: round the weights to 8 bits, with one scale for each output. Where the CPU has products of 8 bits, weights are
-            kept twice: one or two rows of inputs (decoding) are multiplied as they are, in bfloat16; of more, each
-            input becomes two 8-bit numbers, that is 16 bits of the largest in its row, and the products add up exactly
-            in 32 bits. Where it has none, the rounded weights are read in 16 bits: as fast as those not rounded.
+        bits: of the weights. 8: with one scale for each output; each row of inputs is rounded to 8 bits, too, as it is
+            multiplied; sums and outputs are float32. 16: float16 where a float32 model's fit its range. None: float16
+            where it holds them as they are. Without FBGEMM weights always stay as they are.
 
     Attributes:
         weight_bytes (`int`): so many are read to multiply one row.
     """
 
-    def __init__(self, *layers: nn.Linear, int8: bool = False):
+    def __init__(self, *layers: nn.Linear, bits: int | None = None):
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        dtype = weight.dtype
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        if int8:
-            # In the dtype that the small product takes: the weights are rounded with what it multiplies by.
-            scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
-            self.scales = scales.float()
-            rounded = (weight.float() / self.scales[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.int8 = int8 and HAS_INT8
-        if self.int8:
-            self.rounded, self.small_scales = rounded, scales
-            self.zeros, self.middle = torch.zeros(len(weight), dtype=torch.long), torch.tensor(128.0)
-            self.packed = torch.ops.onednn.qlinear_prepack(rounded, [1, weight.shape[1]])
-        elif int8:
-            weight = rounded * self.scales[:, None]
-        # 8 bits moved the weights by up to 1/254 of the largest in the row: what float16 adds does not count.
-        error = 2**-11 if int8 else torch.finfo(torch.float32).eps
-        self.in_half = HAS_HALF and not self.int8 and weight.dtype == torch.float32 and fits_half(weight, error)
-        if self.in_half:
+        self.in_int8, error = HAS_FBGEMM and bits == 8, 2**-11 if bits == 16 else torch.finfo(torch.float32).eps
+        self.in_half = HAS_FBGEMM and bits != 8 and weight.dtype == torch.float32 and fits_half(weight, error)
+        if self.in_int8:
+            self.packed = pack_int8(weight.float())
+            self.sums = torch.ops.quantized.linear_dynamic(torch.ones(1, weight.shape[1]), self.packed, False)[0]
+            self.ends = torch.zeros(2, weight.shape[1])
+            self.ends[:, 0] = torch.tensor([-128.0, 127.0])
+        elif self.in_half:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-        elif not self.int8:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
-        self.weight_bytes = weight.numel() * (2 if self.in_half else 1 if self.int8 else dtype.itemsize)
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.weight_bytes = weight.numel() * (1 if self.in_int8 else 2 if self.in_half else weight.itemsize)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The outputs, added to `residual` where given."""
         if self.in_half:
             y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
-        elif self.int8:
+        elif self.in_int8:
             y = self._multiply_int8(x)
         elif residual is None:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
@@ -94,35 +101,20 @@ class PackedLinear(nn.Module):
         return y if residual is None else y.add_(residual)
 
     def _multiply_int8(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= 2 and rows.shape[1] % 16 == 0:  # the kernel reads 16 at a time
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.rounded, self.small_scales)
+        rows = x.float().reshape(-1, x.shape[-1])
+        if len(rows) == 1:
+            y = torch.ops.quantized.linear_dynamic(rows, self.packed, False)
         else:
-            y = self._multiply_halves(rows)
+            # The product rounds all it is given with the same step, such that the smallest number is -128 and the largest
+            # 127. Here every row is scaled and shifted to its own, zero to a whole number, and two rows more hold those ends.
+            low, high = torch.aminmax(rows, dim=-1, keepdim=True)
+            step = (high - low).div_(253).clamp_(min=1e-12)
+            shift = (low / step).round_().add_(127)
+            y = torch.ops.quantized.linear_dynamic(
+                torch.cat(((rows / step).sub_(shift), self.ends)), self.packed, False
+            )
+            y = y[:-2].addr_(shift[:, 0], self.sums).mul_(step)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-    def _multiply_halves(self, rows: torch.Tensor) -> torch.Tensor:
-        exact = rows.float()
-        largest = torch.linalg.vector_norm(exact, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
-        # n = 256 * high + low, both in [-128, 127]: add 128, and the lower byte is low + 128; its top bit turned, low.
-        numbers = torch.add(self.middle, exact / largest, alpha=32512).to(torch.int16).bitwise_xor_(128)
-        halves = numbers.view(torch.int8).unflatten(-1, (-1, 2)).movedim(-1, 0)
-        low, high = torch.ops.onednn.qlinear_pointwise(
-            halves.contiguous(),
-            1 / 32512,
-            0,
-            self.packed,
-            self.scales,
-            self.zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        return low.add_(high, alpha=256).mul_(largest)
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The output of each layer by itself."""
@@ -132,10 +124,10 @@ class PackedLinear(nn.Module):
 class PackedGatedMLP(nn.Module):
     """`HfLmMLP` with a gate: gate and up projection are one product."""
 
-    def __init__(self, mlp: HfLmMLP, int8: bool):
+    def __init__(self, mlp: HfLmMLP, up_bits: int | None, down_bits: int | None):
         super().__init__()
-        self.gate_up_proj = PackedLinear(mlp.gate_proj, mlp.up_proj, int8=int8)
-        self.down_proj = PackedLinear(mlp.down_proj, int8=int8)
+        self.gate_up_proj = PackedLinear(mlp.gate_proj, mlp.up_proj, bits=up_bits)
+        self.down_proj = PackedLinear(mlp.down_proj, bits=down_bits)
         self.act_fn = mlp.act_fn
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -208,7 +200,7 @@ def use_huge_pages(layers: list[PackedLinear]) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for layer in layers:
-        if layer.in_half:  # whose memory is not to be had
+        if layer.in_half or layer.in_int8:  # whose memory is not to be had
             continue
         start, size = torch.ops.mkldnn.data_ptr(layer.packed), torch.ops.mkldnn._nbytes(layer.packed)
         end = -(-(start + size) // HUGE_PAGE) * HUGE_PAGE
@@ -239,7 +231,7 @@ def can_optimize(model: nn.Module) -> bool:
         and model.device.type == "cpu"
         and model.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and (model.dtype == torch.float32 or computes_in_bfloat16() or HAS_HALF)
+        and (model.dtype == torch.float32 or computes_in_bfloat16() or HAS_FBGEMM)
         and all(type(m) is nn.Linear for name, m in model.named_modules() if name.endswith(("_proj", "lm_head")))
     )
 
@@ -257,7 +249,8 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
 
     Args:
         model: in bfloat16 or float32, on a CPU. One in bfloat16 goes to float32 where the CPU does not compute in bfloat16.
-        int8: round the weights of the linear layers to 8 bits (see `PackedLinear`).
+        int8: round the weights of the linear layers to 8 bits (see `PackedLinear`), those of the MLPs' second projections to
+            16: rounding what these read would cost as much quality as all else together.
 
     Raises:
         InputError: `can_optimize` says no.
@@ -281,20 +274,22 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
         for name, norm in module.named_children():
             if type(norm) is HfLmRMSNorm:
                 setattr(module, name, PackedRMSNorm(norm))
+    bits, down_bits = (8, 16) if int8 else (None, None)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        attention.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, int8=int8)
+        attention.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, bits=bits)
         attention.project = attention.qkv_proj.separate
         del attention.q_proj, attention.k_proj, attention.v_proj
-        attention.o_proj = PackedLinear(attention.o_proj, int8=int8)
+        attention.o_proj = PackedLinear(attention.o_proj, bits=bits)
         if mlp.gate_proj is not None:
-            layer.mlp = PackedGatedMLP(mlp, int8)
+            layer.mlp = PackedGatedMLP(mlp, bits, down_bits)
         else:
-            mlp.up_proj, mlp.down_proj = PackedLinear(mlp.up_proj, int8=int8), PackedLinear(mlp.down_proj, int8=int8)
+            mlp.up_proj = PackedLinear(mlp.up_proj, bits=bits)
+            mlp.down_proj = PackedLinear(mlp.down_proj, bits=down_bits)
         if plain:
             layer.__class__ = PackedDecoderLayer
             layer.heads = model.config.num_attention_heads
-    model.lm_head = PackedLinear(model.lm_head, int8=int8)
+    model.lm_head = PackedLinear(model.lm_head, bits=bits)
     use_huge_pages([module for module in model.modules() if isinstance(module, PackedLinear)])
     # Less to keep book of; the logits are made outside of it, for generation may change them in place.
     model.model.forward = torch.inference_mode()(model.model.forward)

@@ -1,12 +1,16 @@
 """A model made ready to write text computes what it computed before."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, inference
 from hf_lm.errors import InputError
 from hf_lm.inference import (
-    HAS_HALF,
+    HAS_FBGEMM,
     PackedLinear,
     PackedRMSNorm,
     can_optimize,
@@ -137,35 +141,74 @@ def test_eight_bits_stay_close_and_rows_do_not_depend_on_the_batch(kind, dtype):
     torch.testing.assert_close(got[:1], alone, rtol=1e-3, atol=0.02 * float(want.std()))
 
 
-@pytest.mark.parametrize("width", [64, 40])  # the product of few rows takes multiples of 16 only
+def scaled_rows(rows: int, width: int) -> torch.Tensor:
+    return torch.randn(rows, 1, width) * torch.logspace(-3, 3, rows)[:, None, None]
+
+
+@pytest.mark.parametrize("vnni", sorted({False, inference.HAS_VNNI}))
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_eight_bit_weights_multiply_inputs_as_exact_as_sixteen_bits(rows, width):
-    layer = torch.nn.Linear(width, 24).to(torch.bfloat16)
-    packed = PackedLinear(layer, int8=True)
-    x = torch.randn(rows, 1, width, dtype=torch.bfloat16) * torch.logspace(-3, 3, rows)[:, None, None].bfloat16()
-    x[-1, 0, 0] = 40 * x[-1].abs().max()  # an outlier, which would leave the others no bits
-    residual = torch.randn(rows, 1, 24, dtype=torch.bfloat16)
-    weight = (layer.weight.float() / packed.scales[:, None]).round().double() * packed.scales[:, None]
-    want = x.double() @ weight.T + layer.bias.double() + residual.double()
-    assert (packed(x, residual).double() - want).norm() < 0.006 * want.norm()
+def test_eight_bit_products_round_each_row_by_its_own_numbers(monkeypatch, rows, vnni):
+    monkeypatch.setattr(inference, "HAS_VNNI", vnni)
+    layer, x, residual = torch.nn.Linear(400, 240), scaled_rows(rows, 400), torch.randn(rows, 1, 240)
+    packed = PackedLinear(layer, bits=8)
+    assert packed.weight_bytes == (1 if HAS_FBGEMM else 4) * layer.weight.numel()
+    want = layer(x) + residual
+    assert ((packed(x, residual) - want).norm(dim=-1) < 0.015 * want.norm(dim=-1)).all()
 
 
-def test_eight_bit_weights_beyond_the_range_of_sixteen_keep_theirs(monkeypatch):
-    monkeypatch.setattr(inference, "HAS_INT8", False)  # as on a CPU that does not multiply the 8 bits themselves
-    layer = torch.nn.Linear(64, 24)
+def test_eight_bit_products_of_a_row_do_not_depend_on_the_rows_beside_it():
+    packed, x = PackedLinear(torch.nn.Linear(64, 24), bits=8), scaled_rows(9, 64)
+    x[5] = 0
+    together = packed(x)
+    assert together.isfinite().all()
+    for first in (0, 4, 7):
+        assert torch.equal(packed(x[first : first + 2]), together[first : first + 2])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_eight_bit_products_do_not_overflow(rows, sign):
+    layer = torch.nn.Linear(512, 16, bias=False)
+    layer.weight.data.fill_(3.0)
+    x = torch.full((rows, 512), sign * 5.0)
+    x[:, -1] = 0  # the numbers are rounded to 0 and 255, or 255 and 0
+    torch.testing.assert_close(PackedLinear(layer, bits=8)(x), layer(x), rtol=0.01, atol=0)
+
+
+def test_eight_bit_products_do_not_overflow_without_vnni(monkeypatch):
+    code = """
+from hf_lm import inference
+inference.HAS_VNNI = False
+from test_inference import test_eight_bit_products_do_not_overflow as test
+for rows in (1, 3):
+    for sign in (1, -1):
+        test(rows, sign)
+"""
+    monkeypatch.setenv("FBGEMM_ENABLE_INSTRUCTIONS", "AVX2")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+
+def test_weights_beyond_the_range_of_sixteen_bits_keep_theirs():
+    layer, x = torch.nn.Linear(64, 24), torch.randn(3, 64)
+    assert PackedLinear(layer, bits=16).in_half == HAS_FBGEMM
     layer.weight.data *= 2.0**20
-    packed, x = PackedLinear(layer, int8=True), torch.randn(3, 64)
-    weight = (layer.weight / packed.scales[:, None]).round() * packed.scales[:, None]
-    torch.testing.assert_close(packed(x), x @ weight.T + layer.bias, rtol=1e-5, atol=1.0)
+    packed = PackedLinear(layer, bits=16)
+    torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1.0)
     assert not packed.in_half and packed.weight_bytes == 4 * layer.weight.numel()
+
+
+def test_only_what_the_second_projections_of_mlps_read_is_not_rounded_to_eight_bits():
+    _, optimized = pair("llama", int8=True)
+    bits = {name: module.in_int8 for name, module in optimized.named_modules() if isinstance(module, PackedLinear)}
+    assert bits == {name: HAS_FBGEMM and not name.endswith("down_proj") for name in bits}
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_float32_weights_that_sixteen_bits_hold_are_read_in_sixteen_bits(rows):
     layer = torch.nn.Linear(200, 120).bfloat16().float()
     packed, x, residual = PackedLinear(layer), torch.randn(rows, 1, 200), torch.randn(rows, 1, 120)
-    assert packed.in_half == HAS_HALF
-    assert packed.weight_bytes == (2 if HAS_HALF else 4) * layer.weight.numel()
+    assert packed.in_half == HAS_FBGEMM
+    assert packed.weight_bytes == (2 if HAS_FBGEMM else 4) * layer.weight.numel()
     want = layer.double()(x.double()) + residual.double()
     torch.testing.assert_close(packed(x, residual).double(), want, rtol=1e-5, atol=1e-5)
     layer = torch.nn.Linear(200, 120)  # 24 bits of significand, and a range beyond that of float16

@@ -61,7 +61,7 @@ def generate(model, input_ids, new_tokens: int, **how) -> tuple[float, float, li
     """Seconds, CPU seconds and the new tokens."""
     import torch
 
-    how = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, **how}
+    how = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, **how}
     start, cpu_start = time.perf_counter(), time.process_time()
     output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **how)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
