@@ -62,6 +62,9 @@ def generate(model, input_ids, new_tokens: int, **how) -> tuple[float, float, li
     import torch
 
     how = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, **how}
+    model.generation_config.eos_token_id = (
+        None  # all write so many; a least number would cost both sides a step of its own
+    )
     start, cpu_start = time.perf_counter(), time.process_time()
     output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **how)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -113,12 +116,32 @@ def measure_lookup(model, tokenizer, new_tokens: int, repeats: int) -> dict:
     return {"ratio": [statistics.median(ratios), min(ratios), max(ratios)], "same_tokens": same}
 
 
-def bits_per_byte(models: dict, tokenizer, file: str, num_bytes: int) -> dict:
+def bits_per_byte(models: dict, tokenizer, text: str) -> dict:
     from hf_lm.evaluation.text import score_documents
 
-    text = Path(file).read_bytes()[:num_bytes].decode(errors="ignore")
     scores = {kind: score_documents(model, tokenizer, [text], block_size=512) for kind, model in models.items()}
     return {kind: score.summary()["bits_per_byte"] for kind, score in scores.items()}
+
+
+def rise_by_steps(models: dict, tokenizer, text: str, window: int = 512) -> float:
+    """
+    The share by which 8 bits raise the loss of text read as decoding at batch 1 reads it, one token at a time, over that of
+    upstream's model, which reads a window at once.
+    """
+    import torch
+
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    losses = {"upstream": 0.0, "int8": 0.0}
+    with torch.no_grad():
+        for row in ids[: len(ids) // window * window].view(-1, 1, window):
+            cache, logits = None, []
+            for at in range(window):
+                output = models["int8"](row[:, at : at + 1], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits[0, -1])
+            for kind, rows in ("int8", torch.stack(logits)), ("upstream", models["upstream"](row).logits[0]):
+                losses[kind] += torch.nn.functional.cross_entropy(rows[:-1].float(), row[0, 1:]).item()
+    return losses["int8"] / losses["upstream"] - 1
 
 
 def main() -> int:
@@ -132,7 +155,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="rounds (5)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=KINDS[1:], help="what to compare (all)")
     parser.add_argument("--lookup", action="store_true", help="measure prompt-lookup decoding too")
-    parser.add_argument("--text", metavar="FILE", help="text to compute bits per byte of, with each kind")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="text to compute bits per byte of, with each kind; with int8 token by token, too",
+    )
     parser.add_argument("--text-bytes", type=int, default=60_000, help="of its start (60000)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
@@ -161,7 +188,10 @@ def main() -> int:
         kind = "packed" if "packed" in models else arguments.kinds[0]
         result["lookup"] = measure_lookup(models[kind], tokenizer, arguments.new_tokens, arguments.repeats)
     if arguments.text:
-        result["bits_per_byte"] = bits_per_byte(models, tokenizer, arguments.text, arguments.text_bytes)
+        text = Path(arguments.text).read_bytes()[: arguments.text_bytes].decode(errors="ignore")
+        result["bits_per_byte"] = bits_per_byte(models, tokenizer, text)
+        if "int8" in models:
+            result["rise_by_steps"] = rise_by_steps(models, tokenizer, text)
     if arguments.json:
         print(json.dumps(result))
         return 0
@@ -176,7 +206,7 @@ def main() -> int:
                 f"{row['step_cpu_ratio'][0]:7.2f}{row['prefill'] * 1e3:9.0f}{row['prefill_ratio'][0]:7.2f}"
                 f"{row['bandwidth']:6.0%}{row['same_tokens']:6.0%}"
             )
-    for name in ("lookup", "bits_per_byte"):
+    for name in ("lookup", "bits_per_byte", "rise_by_steps"):
         if name in result:
             print(f"{name}: {result[name]}")
     return 0
