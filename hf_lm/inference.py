@@ -17,6 +17,7 @@ from functools import wraps
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hf_lm import HfLmConfig
@@ -165,6 +166,26 @@ class SignedRotaryEmbedding(nn.Module):
         return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
 
 
+def append(cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `cache.update(key, value, index)`, `(batch, heads, tokens, head_dim)`, that does not copy all tokens for each new one: there is
+    room for as many again. Copied is what had none, or was put in its place by something else (beams, a crop to nothing).
+    """
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if type(layer) is not DynamicLayer or not layer.is_initialized or cache.offloading:
+        return cache.update(key, value, index)
+    length, rooms = layer.keys.shape[-2], getattr(layer, "rooms", None)
+    total = length + key.shape[-2]
+    if rooms is None or rooms[0].data_ptr() != layer.keys.data_ptr() or rooms[0].shape[-2] < total:
+        full = [torch.cat(parts, dim=-2) for parts in ((layer.keys, key), (layer.values, value))]
+        layer.rooms = rooms = [torch.cat((old, torch.empty_like(old)), dim=-2) for old in full]
+    else:
+        for room, new in zip(rooms, (key, value), strict=True):
+            room[:, :, length:total] = new
+    layer.keys, layer.values = (room[:, :, :total] for room in rooms)
+    return layer.keys, layer.values
+
+
 class PackedDecoderLayer(HfLmDecoderLayer):
     """A packed layer of the Llama kind (see `is_plain`) in as few operations as it takes."""
 
@@ -178,7 +199,7 @@ class PackedDecoderLayer(HfLmDecoderLayer):
         turned = (turning * cos).addcmul_(turning.roll(size // 2, dims=-1), sin).transpose(1, 2)
         query, key, value = turned[:, :heads], turned[:, heads:], value.transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attention.layer_idx)
+            key, value = append(past_key_values, key, value, attention.layer_idx)
         kind = attention.config._attn_implementation
         if kind == "sdpa" and length == 1 and attention_mask is None:  # what the library's function comes to
             output = nn.functional.scaled_dot_product_attention(
@@ -264,8 +285,8 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
 
     Args:
         model: in bfloat16 or float32, on a CPU. One in bfloat16 goes to float32 where the CPU does not compute in bfloat16.
-        int8: round the weights of the linear layers to 8 bits (see `PackedLinear`), those of the MLPs' second projections to
-            16: rounding what these read would cost as much quality as all else together.
+        int8: round the weights of the linear layers to 8 bits (see `PackedLinear`); without VNNI those of the MLPs' second
+            projections to 16, for there 8 would cost as much quality as all else together.
 
     Raises:
         InputError: `can_optimize` says no.
@@ -289,7 +310,7 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
         for name, norm in module.named_children():
             if type(norm) is HfLmRMSNorm:
                 setattr(module, name, PackedRMSNorm(norm))
-    bits, down_bits = (8, 16) if int8 else (None, None)
+    bits, down_bits = (8, 8 if HAS_VNNI else 16) if int8 else (None, None)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         attention.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, bits=bits)

@@ -1,11 +1,13 @@
 """A model made ready to write text computes what it computed before."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, inference
 from hf_lm.errors import InputError
@@ -13,6 +15,7 @@ from hf_lm.inference import (
     HAS_FBGEMM,
     PackedLinear,
     PackedRMSNorm,
+    append,
     can_optimize,
     computes_in_bfloat16,
     is_plain,
@@ -106,6 +109,36 @@ def test_an_optimized_model_writes_the_same_tokens(kind, how):
     assert torch.equal(optimized.generate(ids, attention_mask=mask, **how), want)
 
 
+def test_a_cache_with_room_holds_what_the_librarys_holds():
+    torch.manual_seed(0)
+    ours, theirs = DynamicCache(), DynamicCache()
+
+    def both(tokens: int, batch: int = 2) -> None:
+        key, value = torch.randn(2, batch, 3, tokens, 4)
+        for got, want in zip(append(ours, key, value, 0), theirs.update(key, value, 0), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+    for tokens in (5, 1, 1, 7, 1):
+        both(tokens)
+    rooms = ours.layers[0].rooms
+    both(1)
+    assert ours.layers[0].rooms is rooms  # written behind the others
+    for change in (
+        lambda cache: cache.crop(-4),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([0, 3])),
+        lambda cache: cache.reset(),
+    ):
+        kept = ours.layers[0].keys.clone()
+        copied = copy.deepcopy(ours)
+        change(ours), change(theirs)
+        batch = 4 if ours.layers[0].is_initialized and len(ours.layers[0].keys) == 4 else 2
+        for _ in range(3):
+            both(1, batch)
+        torch.testing.assert_close(copied.layers[0].keys, kept, rtol=0, atol=0)
+
+
 def test_packed_documents_do_not_see_each_other_in_an_optimized_model():
     plain, optimized = pair("llama")
     ids, positions = torch.randint(0, 128, (1, 12)), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
@@ -197,10 +230,12 @@ def test_weights_beyond_the_range_of_sixteen_bits_keep_theirs():
     assert not packed.in_half and packed.weight_bytes == 4 * layer.weight.numel()
 
 
-def test_only_what_the_second_projections_of_mlps_read_is_not_rounded_to_eight_bits():
+@pytest.mark.parametrize("vnni", [False, True])
+def test_without_vnni_the_second_projections_of_mlps_keep_sixteen_bits(monkeypatch, vnni):
+    monkeypatch.setattr(inference, "HAS_VNNI", vnni)
     _, optimized = pair("llama", int8=True)
     bits = {name: module.in_int8 for name, module in optimized.named_modules() if isinstance(module, PackedLinear)}
-    assert bits == {name: HAS_FBGEMM and not name.endswith("down_proj") for name in bits}
+    assert bits == {name: HAS_FBGEMM and (vnni or not name.endswith("down_proj")) for name in bits}
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
