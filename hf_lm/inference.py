@@ -105,7 +105,7 @@ class PackedLinear(nn.Module):
 
     def _multiply_int8(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.float().reshape(-1, x.shape[-1])
-        if len(rows) == 1:
+        if rows.shape[0] == 1:
             y = torch.ops.quantized.linear_dynamic(rows, self.packed, False)
         else:
             # The product rounds all it is given with the same step, such that the smallest number is -128 and the largest
@@ -121,7 +121,7 @@ class PackedLinear(nn.Module):
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The output of each layer by itself."""
-        return self(x).split(self.sizes, dim=-1)
+        return torch.split_with_sizes(self(x), self.sizes, dim=-1)
 
 
 class PackedGatedMLP(nn.Module):
@@ -195,7 +195,7 @@ class PackedDecoderLayer(HfLmDecoderLayer):
         attention, (batch, length, _), (cos, sin) = self.self_attn, hidden_states.shape, position_embeddings
         heads, kv_heads, size = self.heads, self.heads // attention.num_key_value_groups, attention.head_dim
         projected = attention.qkv_proj(self.input_layernorm(hidden_states)).view(batch, length, -1, size)
-        turning, value = projected.split((heads + kv_heads, kv_heads), dim=2)
+        turning, value = torch.split_with_sizes(projected, (heads + kv_heads, kv_heads), dim=2)
         turned = (turning * cos).addcmul_(turning.roll(size // 2, dims=-1), sin).transpose(1, 2)
         query, key, value = turned[:, :heads], turned[:, heads:], value.transpose(1, 2)
         if past_key_values is not None:

@@ -63,7 +63,7 @@ def generate(model, input_ids, new_tokens: int, **how) -> tuple[float, float, li
 
     how = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, **how}
     model.generation_config.eos_token_id = (
-        None  # all write so many; a least number would cost both sides a step of its own
+        None  # so all write so many, without a processor that sees to it at each step
     )
     start, cpu_start = time.perf_counter(), time.process_time()
     output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **how)
