@@ -6,7 +6,7 @@ the weights that stream by push everything else out of the caches, and each smal
 long. A plain 16-bit linear layer lays its weights out anew for the CPU's matrix unit at every call; here that is done
 once, layers that read the same input become one product, and the residual is added by the product itself. Weights that
 float16 holds as they are (those of a checkpoint in bfloat16) are read in 16 bits where the CPU computes in float32. With
-8-bit weights there is half as much to read.
+8-bit weights there is half as much to read, and more numbers fit a register.
 """
 
 import ctypes
@@ -27,10 +27,7 @@ from .modeling_hf_lm import HfLmDecoderLayer, HfLmForCausalLM, HfLmMLP, HfLmRMSN
 from .training.hardware import has_fast_bfloat16
 
 HUGE_PAGE = 2**21  # bytes
-HAS_FBGEMM = torch.backends.quantized.engine in (
-    "x86",
-    "fbgemm",
-)  # products of float32 inputs with 16- and 8-bit weights
+HAS_FBGEMM = torch.backends.quantized.engine in ("x86", "fbgemm")  # products with 16- and 8-bit weights
 HAS_VNNI = getattr(torch.cpu, "_is_vnni_supported", bool)()  # 8-bit products that do not overflow between
 
 
@@ -108,15 +105,15 @@ class PackedLinear(nn.Module):
         if rows.shape[0] == 1:
             y = torch.ops.quantized.linear_dynamic(rows, self.packed, False)
         else:
-            # The product rounds all it is given with the same step, such that the smallest number is -128 and the largest
-            # 127. Here every row is scaled and shifted to its own, zero to a whole number, and two rows more hold those ends.
+            # The product rounds all that it is given with one step, for which the smallest number is -128 and the largest 127.
+            # Here each row is scaled and shifted (0 to a whole number) to about that; two rows more hold these ends.
             low, high = torch.aminmax(rows, dim=-1, keepdim=True)
+            low, high = low.clamp_(max=0), high.clamp_(min=0)
             step = (high - low).div_(253).clamp_(min=1e-12)
             shift = (low / step).round_().add_(127)
-            y = torch.ops.quantized.linear_dynamic(
-                torch.cat(((rows / step).sub_(shift), self.ends)), self.packed, False
-            )
-            y = y[:-2].addr_(shift[:, 0], self.sums).mul_(step)
+            scaled = torch.cat(((rows / step).sub_(shift), self.ends))
+            y = torch.ops.quantized.linear_dynamic(scaled, self.packed, False)[:-2]
+            y.addr_(shift[:, 0], self.sums).mul_(step)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

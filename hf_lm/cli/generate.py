@@ -15,11 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability that is sampled from (0.95)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text (drawn)")
-    parser.add_argument(
-        "--int8",
-        action="store_true",
-        help="8-bit weights: less exact, faster on a CPU with 8-bit products (VNNI, AMX)",
-    )
+    parser.add_argument("--int8", action="store_true", help="8-bit weights on an x86 CPU: faster, less exact")
     parser.add_argument("--prompt-lookup", type=int, metavar="N", help="guess N tokens at a time from the prompt")
     parser.add_argument("--json", action="store_true", help="print prompt, text and number of tokens as JSON")
 
