@@ -169,16 +169,17 @@ def append(cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int) -> 
     room for as many again. Copied is what had none, or was put in its place by something else (beams, a crop to nothing).
     """
     layer = cache.layers[index] if index < len(cache.layers) else None
-    if type(layer) is not DynamicLayer or not layer.is_initialized or cache.offloading:
+    if type(layer) is not DynamicLayer or not layer.get_seq_length() or cache.offloading:
         return cache.update(key, value, index)
     length, rooms = layer.keys.shape[-2], getattr(layer, "rooms", None)
     total = length + key.shape[-2]
     if rooms is None or rooms[0].data_ptr() != layer.keys.data_ptr() or rooms[0].shape[-2] < total:
-        full = [torch.cat(parts, dim=-2) for parts in ((layer.keys, key), (layer.values, value))]
-        layer.rooms = rooms = [torch.cat((old, torch.empty_like(old)), dim=-2) for old in full]
-    else:
-        for room, new in zip(rooms, (key, value), strict=True):
-            room[:, :, length:total] = new
+        layer.rooms = rooms = []
+        for old in (layer.keys, layer.values):
+            rooms.append(old.new_empty((*old.shape[:2], 2 * total, old.shape[3])))
+            rooms[-1][:, :, :length] = old
+    for room, new in zip(rooms, (key, value), strict=True):
+        room[:, :, length:total] = new
     layer.keys, layer.values = (room[:, :, :total] for room in rooms)
     return layer.keys, layer.values
 
@@ -229,7 +230,7 @@ def use_huge_pages(layers: list[PackedLinear]) -> None:
             madvise(start, end - start, advice)
 
 
-def with_less_to_keep_book_of(forward: Callable) -> Callable:
+def without_bookkeeping(forward: Callable) -> Callable:
     """For the layers, not the logits, which generation may change in place."""
 
     @wraps(forward)
@@ -324,6 +325,6 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
             layer.heads = model.config.num_attention_heads
     model.lm_head = PackedLinear(model.lm_head, bits=bits)
     use_huge_pages([module for module in model.modules() if isinstance(module, PackedLinear)])
-    model.model.forward = with_less_to_keep_book_of(model.model.forward)
+    model.model.forward = without_bookkeeping(model.model.forward)
     model.save_pretrained = refuse
     return model
