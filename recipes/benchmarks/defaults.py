@@ -33,6 +33,7 @@ CHOICES = {  # the keys of the recipe, or fields of its configuration, that are 
     "AdamW for all": {"muon_learning_rate": None},
     "cosine instead of constant, then linear to zero": {"lr_scheduler_type": "cosine"},
     "weight decay of 0.1": {"weight_decay": 0.1},
+    "linear to zero over 40% of the steps": {"lr_decay_ratio": 0.4},
     "what recipes/addresses sets": {
         "config_overrides": {"embedding_multiplier": 11.3},
         "muon_momentum": 0.8,
