@@ -32,7 +32,7 @@ HAS_VNNI = getattr(torch.cpu, "_is_vnni_supported", bool)()  # 8-bit products th
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether a model in bfloat16 stays in it: where FBGEMM reads 16-bit weights only if the CPU multiplies in it, too."""
+    """Whether a model in bfloat16 stays in it: where FBGEMM is the other choice, if the CPU's own products in it are fast."""
     return has_fast_bfloat16("cpu") if HAS_FBGEMM else torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -171,12 +171,13 @@ def append(cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int) -> 
     layer = cache.layers[index] if index < len(cache.layers) else None
     if type(layer) is not DynamicLayer or not layer.get_seq_length() or cache.offloading:
         return cache.update(key, value, index)
-    length, rooms = layer.keys.shape[-2], getattr(layer, "rooms", None)
+    (*sizes, length, _), rooms = layer.keys.shape, getattr(layer, "rooms", None)
     total = length + key.shape[-2]
-    if rooms is None or rooms[0].data_ptr() != layer.keys.data_ptr() or rooms[0].shape[-2] < total:
+    ours = rooms is not None and rooms[0].data_ptr() == layer.keys.data_ptr() and [*rooms[0].shape[:2]] == sizes
+    if not ours or rooms[0].shape[-2] < total:
         layer.rooms = rooms = []
         for old in (layer.keys, layer.values):
-            rooms.append(old.new_empty((*old.shape[:2], 2 * total, old.shape[3])))
+            rooms.append(old.new_empty((*sizes, 2 * total, old.shape[3])))
             rooms[-1][:, :, :length] = old
     for room, new in zip(rooms, (key, value), strict=True):
         room[:, :, length:total] = new
