@@ -73,7 +73,8 @@ class PackedLinear(nn.Module):
         self.sizes = [layer.out_features for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        self.in_int8, error = HAS_FBGEMM and bits == 8, 2**-11 if bits == 16 else torch.finfo(torch.float32).eps
+        error = 2**-11 if bits == 16 else torch.finfo(torch.float32).eps
+        self.in_int8 = HAS_FBGEMM and bits == 8
         self.in_half = HAS_FBGEMM and bits != 8 and weight.dtype == torch.float32 and fits_half(weight, error)
         if self.in_int8:
             self.packed = pack_int8(weight.float())
@@ -166,7 +167,7 @@ class SignedRotaryEmbedding(nn.Module):
 def append(cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     `cache.update(key, value, index)`, `(batch, heads, tokens, head_dim)`, that does not copy all tokens for each new one: there is
-    room for as many again. Copied is what had none, or was put in its place by something else (beams, a crop to nothing).
+    room for as many again. Only what has no room left, or was replaced since (by the choice of beams), is copied.
     """
     layer = cache.layers[index] if index < len(cache.layers) else None
     if type(layer) is not DynamicLayer or not layer.get_seq_length() or cache.offloading:

@@ -62,9 +62,8 @@ def generate(model, input_ids, new_tokens: int, **how) -> tuple[float, float, li
     import torch
 
     how = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, **how}
-    model.generation_config.eos_token_id = (
-        None  # so all write so many, without a processor that sees to it at each step
-    )
+    # So all write that many tokens, without a processor that sees to it at each step.
+    model.generation_config.eos_token_id = None
     start, cpu_start = time.perf_counter(), time.process_time()
     output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **how)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
