@@ -6,6 +6,7 @@ two with hand-written exact gradients, since they were measured to be faster or 
 they equal: the loss over the vocabulary without the logits, and the RMS norm on a CPU.
 """
 
+import inspect
 from copy import copy
 
 import torch
@@ -13,19 +14,30 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
+    AttentionMaskInterface,
     create_causal_mask,
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
+    sdpa_mask,
 )
+from transformers.modeling_utils import AttentionInterface
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    HAS_VARLEN = "window_size" in inspect.signature(varlen_attn).parameters  # from PyTorch 2.11 on
+except ImportError:  # before 2.10
+    HAS_VARLEN = False
+
 # Logits held at once: on a CPU in 16 bits and in 32, and on an accelerator. A CPU's unit for 16-bit products is so fast that a
 # slice should stay in the cache; where products take nearly all of the time, larger ones are faster.
-SLICE_ELEMENTS = {"cpu16": 2**19, "cpu32": 2**22, "default": 2**26}
+SLICE_ELEMENTS = {"cpu16": 2**19, "cpu32": 2**22, "default": 2**27}
 SLICE_ROWS = 256  # at least: each slice adds to the gradient of the whole matrix
 # In 16 bits a larger vocabulary is sliced too on a CPU, so many columns each, and the logits are computed twice, the first
 # time only to add up each row. 2,048 rows at a vocabulary of 49,152: 1.1 s of one thread, instead of 1.7 s in slices of
@@ -36,7 +48,7 @@ WIDE_VOCABULARY, SLICE_COLUMNS = 2**14, 2**11
 def slice_shape(device: str, vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """How many rows and columns of logits `linear_cross_entropy` holds at once on a type of device."""
     kind = "default" if device != "cpu" else "cpu16" if dtype.itemsize == 2 else "cpu32"
-    rows = max(SLICE_ROWS, SLICE_ELEMENTS[kind] // vocab_size)
+    rows = max(1, SLICE_ELEMENTS[kind] // vocab_size // SLICE_ROWS) * SLICE_ROWS
     return rows, SLICE_COLUMNS if kind == "cpu16" and vocab_size > WIDE_VOCABULARY else vocab_size
 
 
@@ -57,36 +69,58 @@ def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None 
         raise ValueError(f"{name} must be between 0 and {size - 1}, got {low if low < 0 else high}.")
 
 
+def is_compiled() -> bool:
+    """
+    Whether this is traced by `torch.compile` for its own use, not for an export. (`torch.compiler.is_exporting` is True
+    in every graph before PyTorch 2.12 or so.)
+    """
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+
+
 def attention_masks(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | dict | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None = None,
 ) -> tuple[dict, dict]:
     """
     `{layer type: mask}` and further arguments for the attention functions.
 
     The library looks for packed documents only without mask and cache; here they are found whatever is passed, as long
-    as nothing is cached yet.
+    as nothing is cached yet. Where the attention goes by lengths, and the caller passes them, no mask is made.
     """
     if isinstance(attention_mask, dict):
         return attention_mask, {}
+    is_flash, no_cache = is_flash_attention_requested(config), past_key_values is None
+    by_length = is_flash or (no_cache and goes_by_length(config, inputs_embeds))
+    if by_length and no_cache and cu_seq_lens is not None:
+        return dict.fromkeys(config.layer_types), {}
+    by_length = by_length and not is_tracing(inputs_embeds)  # lengths found here depend on the data
     attention_kwargs = {}
     mask_kwargs = {}
     is_2d = attention_mask is None or attention_mask.ndim == 2
     if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and nothing_cached(past_key_values):
         documents = packed_document_ids(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask)
-        is_flash = is_flash_attention_requested(config)  # its lengths depend on the data: not for a traced graph
         if not is_flash if is_tracing(documents) else bool((documents[:, -1] > 0).any()):
-            if is_flash:
-                attention_kwargs = varlen_arguments(documents, attention_mask)
-                attention_mask = None
+            if by_length:
+                attention_kwargs, attention_mask = varlen_arguments(documents, attention_mask), None
+                if no_cache:
+                    return dict.fromkeys(config.layer_types), attention_kwargs
             if past_key_values is not None:  # a static cache has room for more keys than there are yet
                 length = documents.shape[1]
                 sizes = [past_key_values.get_mask_sizes(length, i)[0] for i in range(config.num_hidden_layers)]
                 documents = nn.functional.pad(documents, (0, max(sizes) - length), value=-1)
             mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
+
+    # A causal mask alone is left to the kernel, if compiled too (the library does that from PyTorch 2.14 on).
+    length = inputs_embeds.shape[1]
+    is_causal_alone = attention_mask is None and no_cache and not mask_kwargs and is_compiled()
+    if is_causal_alone and config._attn_implementation in ("sdpa", "varlen"):
+        has_window = "sliding_attention" in config.layer_types and config.sliding_window < length
+        if not has_window:
+            return dict.fromkeys(config.layer_types), {}
 
     # The mask takes the dtype of the embeddings; under autocast the scores it is added to have another.
     device = inputs_embeds.device.type
@@ -154,6 +188,49 @@ def varlen_arguments(document_ids: torch.Tensor, attention_mask: torch.Tensor | 
     return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
+def goes_by_length(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
+    """Whether attention is `varlen_attention_forward` and its kernel, for 16 bits on a CUDA device, can be used."""
+    device = inputs_embeds.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_embeds.dtype
+    return config._attn_implementation == "varlen" and device == "cuda" and dtype.itemsize == 2
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention `"varlen"`: packed documents through the FlashAttention that comes with PyTorch (arXiv:2307.08691), which
+    needs their cumulative lengths instead of a mask and does no work between them. Without lengths, SDPA.
+
+    Args:
+        query: `(batch, heads, queries, head_dim)`; key, value: `(batch, kv_heads, keys, head_dim)`.
+        cu_seq_lens_q, cu_seq_lens_k: where the documents of the flattened batch begin, and its end, int32.
+        max_length_q, max_length_k: no document is longer.
+
+    Returns:
+        The output `(batch, queries, heads, head_dim)`, and no weights.
+    """
+    if cu_seq_lens_q is None or query.device.type != "cuda" or query.dtype.itemsize != 2:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    lengths = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+    window = -1 if sliding_window is None else sliding_window - 1, 0  # tokens before and after that one sees
+    output = varlen_attn(*flat, *lengths, scale=scaling, window_size=window)
+    return output.view(query.shape[0], -1, *output.shape[1:]), None
+
+
 def with_lengths_kept(cache: Cache) -> Cache:
     """
     The cache to make a mask from that FlexAttention evaluates later: by then a static cache has counted the new tokens
@@ -187,11 +264,17 @@ def apply_rotary_pos_emb(
     """
     cos, sin = cos.unsqueeze(1).to(q.dtype), sin.unsqueeze(1).to(q.dtype)
     rotated, heads = cos.shape[-1], q.shape[1]
-    x = torch.cat((q, k), dim=1)  # both at once: in decoding, the number of operations is what takes the time
-    turning = x[..., :rotated]
-    turned = turning * cos + rotate_half(turning, interleaved) * sin
-    if rotated != x.shape[-1]:
-        turned = torch.cat((turned, x[..., rotated:]), dim=-1)
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        turning = x[..., :rotated]
+        turned = turning * cos + rotate_half(turning, interleaved) * sin
+        return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)
+
+    if torch.compiler.is_compiling():
+        return turn(q), turn(k)
+    turned = turn(
+        torch.cat((q, k), dim=1)
+    )  # both at once: in decoding, the number of operations is what takes the time
     return turned[:, :heads], turned[:, heads:]
 
 
@@ -317,7 +400,10 @@ def _loss_and_gradients(
     grad_hidden, grad_weight, grad_bias = (grad.zero_() for grad in grads)
 
     def scores(row: slice, column: slice) -> torch.Tensor:
-        z = (rows_16[row] @ matrix[column].T).float()
+        z = rows_16[row] @ matrix[column].T
+        if device == "cuda" and bias is None and scale == 1.0 and cap is None:
+            return z  # its softmax reads 16 bits and writes 32
+        z = z.float()
         if bias is not None:
             z += bias[column]
         if scale != 1.0:
@@ -334,7 +420,7 @@ def _loss_and_gradients(
             for row, log_total in zip(rows, known, strict=True):
                 z = scores(row, column)
                 if log_total is None:  # the library's softmax passes over the numbers once, and its largest is 1 / sum
-                    dz = z.softmax(dim=-1)
+                    dz = z.softmax(dim=-1, dtype=torch.float32)
                     log_total = z.amax(dim=-1, keepdim=True) - dz.amax(dim=-1, keepdim=True).log()
                 else:
                     dz = (z - log_total).exp_()
@@ -360,9 +446,11 @@ def _loss_and_gradients(
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """`total += left @ right`, in one pass where the dtypes agree."""
+    """`total += left @ right`, in one pass where the dtypes agree or the device adds up in another."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, out=total)
+    elif total.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
 
@@ -383,6 +471,70 @@ _loss_operator = torch.library.custom_op(
 def _(hidden, weight, bias, labels, scale, cap, ignore_index, dtype, *needed):
     total = hidden.new_empty((), dtype=torch.float32)
     return total, *_room_for_gradients((hidden, weight, bias), needed)
+
+
+# Compiled for an accelerator, the cosines would be computed anew in every layer's kernels.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::cosines_and_sines", mutates_args=())
+def _cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return angles.cos(), angles.sin()
+
+
+@_cosines_and_sines.register_fake
+def _(angles):
+    return torch.empty_like(angles), torch.empty_like(angles)
+
+
+def cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both; for a compiler one operator, whose outcome is kept."""
+    return _cosines_and_sines(angles) if is_compiled() else (angles.cos(), angles.sin())
+
+
+@torch.compile
+def _slice_gradient(
+    z: torch.Tensor, targets: torch.Tensor, scale: float, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Of one slice of products `z = h W^T + b` `(rows, vocabulary)`: the summed loss, and its gradient to `z` in the dtype of
+    `z`. Compiled, it passes over `z` twice and keeps no copy of it in float32.
+
+    Args:
+        targets: `(rows, 1)`; less than 0 where the row does not count.
+    """
+    scores = z.float() * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    log_total = scores.logsumexp(dim=-1, keepdim=True)
+    counted = targets >= 0
+    loss = torch.where(counted, log_total - scores.gather(1, targets.clamp(min=0)), 0.0).sum()
+    slope = scale if cap is None else scale * (1.0 - (scores / cap) ** 2)
+    columns = torch.arange(z.shape[1], device=z.device)
+    gradient = ((scores - log_total).exp() - (columns == targets).float()) * slope
+    return loss, torch.where(counted, gradient, 0.0).to(z.dtype)
+
+
+@_loss_operator.register_kernel("cuda")
+def _compiled_loss_and_gradients(
+    hidden, weight, bias, labels, scale, cap, ignore_index, dtype, need_hidden, need_weight, need_bias
+):
+    """`_loss_and_gradients` for an accelerator, where each pass over a slice costs as much as a product."""
+    inputs, matrix = hidden.to(dtype), weight.to(dtype)
+    height, _ = slice_shape(hidden.device.type, weight.shape[0], dtype)
+    targets = labels[:, None].masked_fill(labels[:, None] == ignore_index, -1)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    grads = _room_for_gradients((hidden, weight, bias), (need_hidden, need_weight, need_bias))
+    grad_hidden, grad_weight, grad_bias = (grad.zero_() for grad in grads)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for row in (slice(i, i + height) for i in range(0, len(inputs), height)):
+            z = nn.functional.linear(inputs[row], matrix, None if bias is None else bias.to(dtype))
+            loss, dz = _slice_gradient(z, targets[row], scale, cap)
+            total += loss
+            if need_hidden:
+                grad_hidden[row] = dz @ matrix
+            if need_weight:
+                _add_product(grad_weight, dz.T, inputs[row])
+            if need_bias:
+                grad_bias += dz.sum(dim=0, dtype=torch.float32)
+    return total, grad_hidden, grad_weight, grad_bias
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -456,6 +608,10 @@ def linear_cross_entropy(
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
 
+
+if HAS_VARLEN:
+    AttentionInterface.register("varlen", varlen_attention_forward)
+    AttentionMaskInterface.register("varlen", sdpa_mask)
 
 __all__ = [
     "apply_rotary_pos_emb",

@@ -41,8 +41,10 @@ from .functional_hf_lm import (
     apply_rotary_pos_emb,
     attention_masks,
     check_ids,
+    cosines_and_sines,
     default_position_ids,
     eager_attention_forward,
+    is_compiled,
     linear_cross_entropy,
     rms_norm,
 )
@@ -120,10 +122,8 @@ class HfLmRotaryEmbedding(nn.Module):
             angles = angles.repeat_interleave(2, dim=-1)
         else:
             angles = torch.cat((angles, angles), dim=-1)
-        return (
-            (angles.cos() * self.attention_scaling).to(x.dtype),
-            (angles.sin() * self.attention_scaling).to(x.dtype),
-        )
+        cosines, sines = cosines_and_sines(angles)
+        return (cosines * self.attention_scaling).to(x.dtype), (sines * self.attention_scaling).to(x.dtype)
 
 
 class HfLmAttention(nn.Module):
@@ -425,7 +425,7 @@ class HfLmModel(HfLmPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         masks, attention_kwargs = attention_masks(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, kwargs.get("cu_seq_lens_q")
         )
         if position_ids is None:
             position_ids = default_position_ids(inputs_embeds, attention_mask, past_key_values)
@@ -485,7 +485,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         is_hooked = head._forward_hooks or head._forward_pre_hooks
         is_usual = self.loss_type == "ForCausalLM" and not hasattr(self, "_loss_function")
         # To a compiler the loss is one operator; what is exported must do without it.
-        is_traced = is_tracing(hidden_states) and (not torch.compiler.is_compiling() or torch.compiler.is_exporting())
+        is_traced = is_tracing(hidden_states) and not is_compiled()
         return is_plain and is_usual and not is_hooked and not is_traced
 
     @can_return_tuple

@@ -85,6 +85,18 @@ def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None)
     }
 
 
+def model_flops_utilization(
+    model: nn.Module, context: int, tokens_per_second: float, device: torch.device, devices: int = 1
+) -> float | None:
+    """
+    The share of the peak of all devices that the model's own operations take (`flops_by_part` without the optimizer;
+    MFU, arXiv:2204.02311, appendix B): nothing computed twice counts. None where the peak is not known (`HARDWARE`).
+    """
+    name = describe_hardware(device) if device.type == "cuda" else ""
+    peak = next((peak for kind, (_, peak, _) in HARDWARE.items() if kind in name), None)
+    return peak and tokens_per_second * sum(flops_by_part(model, context).values()) / (peak * devices)
+
+
 def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool, checkpointing: bool = False) -> float:
     """
     What a forward keeps for the backward, measured on a model of fake tensors: each saved storage once, without the

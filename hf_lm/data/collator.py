@@ -16,10 +16,13 @@ class PackedCollator:
 
     Args:
         pad_token_id: what fills up shorter blocks; any token will do, nothing sees it.
+        lengths: where documents are packed, also say where they end in the flattened batch, as kernels for documents of
+            different lengths (FlashAttention) need it: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, filled up to a power of
+            two with the end, so that their number seldom changes), `max_length_q`, `max_length_k` (that of a row).
     """
 
-    def __init__(self, pad_token_id: int | None):
-        self.pad_token_id = pad_token_id or 0
+    def __init__(self, pad_token_id: int | None, lengths: bool = False):
+        self.pad_token_id, self.lengths = pad_token_id or 0, lengths
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
@@ -35,4 +38,14 @@ class PackedCollator:
             batch["position_ids"][number, length:] = np.arange(longest - length)
         if (batch["position_ids"] == np.arange(longest)).all():
             del batch["position_ids"]
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return tensors | self._lengths(batch["position_ids"]) if self.lengths and "position_ids" in batch else tensors
+
+    @staticmethod
+    def _lengths(position_ids: np.ndarray) -> dict[str, torch.Tensor | int]:
+        begins = np.diff(position_ids, axis=1, prepend=-2) != 1  # the first of a row always
+        begins = np.flatnonzero(begins)
+        ends = np.full(1 << len(begins).bit_length(), position_ids.size, dtype=np.int32)
+        ends[: len(begins)] = begins
+        borders, longest = torch.from_numpy(ends), position_ids.shape[1]
+        return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from ..data.packing import IGNORED
@@ -43,7 +44,7 @@ def token_calibration(model: nn.Module, batches: Iterable[dict]) -> dict:
     """
     counted = []
     for batch in batches:
-        batch = {name: values.to(model.device) for name, values in batch.items()}
+        batch = send_to_device(batch, model.device)
         signed = _signed_confidence(model, **batch)[:, 1:]
         counted.append(signed[batch["labels"][:, 1:] != IGNORED].double().cpu().numpy())
     signed = np.concatenate(counted)

@@ -105,6 +105,7 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
             facts["base_model"]["sha256"] = digest
     if arguments.device.type == "cuda":
         facts["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+        facts["model_flops_utilization"] = trainer.utilization(facts["train_tokens_per_second"])
     return facts
 
 

@@ -7,6 +7,8 @@ import sys
 import torch
 from transformers import PreTrainedModel
 
+from ..configuration_hf_lm import HfLmConfig
+from ..functional_hf_lm import HAS_VARLEN
 from ..modeling_hf_lm import HfLmMLP
 
 # Bytes that a forward keeps for the backward. Of the MLPs: computing it again took no time that could be measured (17M and
@@ -23,7 +25,7 @@ def device_type() -> str:
 def has_fast_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32 there (on a CPU: AMX or AVX512-BF16)."""
     if device == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
@@ -58,6 +60,17 @@ def fit_to_cpu(
     widths = [layer.up_proj.out_features * (1 if layer.gate_proj is None else 2) for layer in layers]
     for layer in layers:
         layer.recompute = recompute and batch_size * length * sum(widths) * itemsize > KEPT_BY_MLPS
+
+
+def attend_by_length(model: PreTrainedModel, half: bool) -> None:
+    """
+    Let a model that trains in 16 bits on a CUDA device keep packed documents apart by their lengths, not by a mask
+    (attention `"varlen"`), where it would be SDPA.
+    """
+    config = model.config.get_text_config()
+    can = HAS_VARLEN and half and device_type() == "cuda" and config.model_type == HfLmConfig.model_type
+    if can and config._attn_implementation == "sdpa" and not config.attention_dropout:
+        model.set_attn_implementation("varlen")
 
 
 def keep_freed_memory() -> None:

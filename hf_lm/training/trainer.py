@@ -83,6 +83,7 @@ class HfLmTrainer(Trainer):
             self.compute_metrics = self._language_modeling_metrics
         self.eval_bytes = eval_bytes
         self.train_tokens, self.train_seconds = 0, 0.0
+        self._length = 0  # tokens of a row of the last batch
         self.watch = Watch(self)
         self._pace: tuple[float, int] | None = None  # time and tokens when the last log, evaluation or save was over
         self._losses: list[torch.Tensor] = []  # of the batches of the update under way
@@ -229,8 +230,17 @@ class HfLmTrainer(Trainer):
         if "loss" in logs and self._pace:
             since, tokens = self._pace
             logs["tokens_per_second"] = (self.train_tokens - tokens) / (time.perf_counter() - since)
+            if share := self.utilization(logs["tokens_per_second"]):
+                logs["mfu"] = share
         super().log(logs, start_time)
         self._pace = None
+
+    def utilization(self, tokens_per_second: float) -> float | None:
+        """Model-FLOPs utilisation of all devices at such a speed; None where their peak is not known."""
+        from ..analysis.plan import model_flops_utilization  # here, since it imports this package
+
+        devices = self.args.world_size
+        return model_flops_utilization(self.model, self._length, tokens_per_second, self.args.device, devices)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # whether somebody looks must not change the training's numbers
@@ -362,6 +372,7 @@ class HfLmTrainer(Trainer):
             self._finish_saving()
         self._pace = self._pace or (time.perf_counter(), self.train_tokens)
         self.train_tokens += inputs["input_ids"].numel() * self.args.world_size
+        self._length = inputs["input_ids"].shape[-1]
         if not self._losses and self.is_in_train:
             self._logged_before = self._tr_loss.clone()
         loss = super().training_step(model, inputs, num_items_in_batch)

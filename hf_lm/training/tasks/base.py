@@ -17,7 +17,7 @@ from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
 from ..arguments import HfLmTrainingArguments, ModelArguments
-from ..hardware import fit_to_cpu
+from ..hardware import attend_by_length, fit_to_cpu
 from ..trainer import HfLmTrainer
 
 
@@ -89,7 +89,7 @@ class Task(ABC):
 
     def collator(self, tokenizer):
         """What makes batches of encoded rows."""
-        return PackedCollator(tokenizer.pad_token_id)
+        return PackedCollator(tokenizer.pad_token_id, lengths=self.training_arguments.device.type == "cuda")
 
     def config_fields(self, tokenizer) -> dict:
         """Fields of a new model's configuration, and of a loaded one's, that the task decides."""
@@ -160,6 +160,8 @@ class Task(ABC):
                 attention=self.model_arguments.attn_implementation is None,
                 recompute=not arguments.gradient_checkpointing,
             )
+        elif self.model_arguments.attn_implementation is None:
+            attend_by_length(model, arguments.bf16 or arguments.fp16)
         if self.model_arguments.use_peft:
             model = add_adapter(model, self.model_arguments, self.peft_task_type)
         evaluation = encoded.get("validation")
