@@ -71,8 +71,8 @@ def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None 
 
 def is_compiled() -> bool:
     """
-    Whether this is traced by `torch.compile` for its own use, not for an export. (`torch.compiler.is_exporting` is True
-    in every graph before PyTorch 2.12 or so.)
+    Whether this is traced by `torch.compile`, and not for an export. (In any graph of PyTorch 2.9 to 2.11
+    `torch.compiler.is_exporting` is True.)
     """
     return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
 
@@ -114,13 +114,11 @@ def attention_masks(
                 documents = nn.functional.pad(documents, (0, max(sizes) - length), value=-1)
             mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
 
-    # A causal mask alone is left to the kernel, if compiled too (the library does that from PyTorch 2.14 on).
-    length = inputs_embeds.shape[1]
-    is_causal_alone = attention_mask is None and no_cache and not mask_kwargs and is_compiled()
-    if is_causal_alone and config._attn_implementation in ("sdpa", "varlen"):
-        has_window = "sliding_attention" in config.layer_types and config.sliding_window < length
-        if not has_window:
-            return dict.fromkeys(config.layer_types), {}
+    # A causal mask alone is left to the kernel. The library does so too, but not in a graph of an older PyTorch.
+    has_window = "sliding_attention" in config.layer_types and config.sliding_window < inputs_embeds.shape[1]
+    is_causal_alone = attention_mask is None and no_cache and not mask_kwargs and not has_window
+    if is_causal_alone and is_compiled() and config._attn_implementation in ("sdpa", "varlen"):
+        return dict.fromkeys(config.layer_types), {}
 
     # The mask takes the dtype of the embeddings; under autocast the scores it is added to have another.
     device = inputs_embeds.device.type
@@ -188,11 +186,16 @@ def varlen_arguments(document_ids: torch.Tensor, attention_mask: torch.Tensor | 
     return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
+def has_varlen_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's FlashAttention for documents of different lengths can be used: in 16 bits on a CUDA device."""
+    return HAS_VARLEN and device == "cuda" and dtype.itemsize == 2
+
+
 def goes_by_length(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
-    """Whether attention is `varlen_attention_forward` and its kernel, for 16 bits on a CUDA device, can be used."""
+    """Whether attention is `varlen_attention_forward` and will use its kernel."""
     device = inputs_embeds.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_embeds.dtype
-    return config._attn_implementation == "varlen" and device == "cuda" and dtype.itemsize == 2
+    return config._attn_implementation == "varlen" and has_varlen_kernel(device, dtype)
 
 
 def varlen_attention_forward(
@@ -211,7 +214,7 @@ def varlen_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     Attention `"varlen"`: packed documents through the FlashAttention that comes with PyTorch (arXiv:2307.08691), which
-    needs their cumulative lengths instead of a mask and does no work between them. Without lengths, SDPA.
+    needs their cumulative lengths instead of a mask and does no work between them. Without lengths or kernel, SDPA.
 
     Args:
         query: `(batch, heads, queries, head_dim)`; key, value: `(batch, kv_heads, keys, head_dim)`.
@@ -221,7 +224,7 @@ def varlen_attention_forward(
     Returns:
         The output `(batch, queries, heads, head_dim)`, and no weights.
     """
-    if cu_seq_lens_q is None or query.device.type != "cuda" or query.dtype.itemsize != 2:
+    if cu_seq_lens_q is None or not has_varlen_kernel(query.device.type, query.dtype):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]

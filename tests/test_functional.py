@@ -36,6 +36,25 @@ def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, 
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (3.0, 0.25, True)])
+def test_loss_as_an_accelerator_computes_it_is_the_same(monkeypatch, softcap, scale, bias):
+    monkeypatch.setattr(functional, "slice_shape", lambda *_: (4, 50))  # several slices, the last one short
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(27, 12), torch.randn(50, 12), torch.randint(0, 50, (27,))
+    labels[3:9] = -100
+    arguments = (hidden, weight, torch.randn(50) if bias else None, labels, scale, softcap, -100, torch.float32)
+    expected = functional._loss_and_gradients(*arguments, True, True, bias)
+    with torch.compiler.set_stance("force_eager"):
+        actual = functional._compiled_loss_and_gradients(*arguments, True, True, bias)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_slices_are_of_whole_tiles():
+    for device, vocabulary, dtype in [("cuda", 50304, torch.bfloat16), ("cpu", 3000, torch.float32)]:
+        rows, _ = functional.slice_shape(device, vocabulary, dtype)
+        assert rows % functional.SLICE_ROWS == 0 and rows > functional.SLICE_ROWS
+
+
 def test_only_fast_products_are_worth_computing_logits_twice():
     shape, wide, narrow = functional.slice_shape, functional.WIDE_VOCABULARY + 1, functional.WIDE_VOCABULARY
     assert shape("cpu", wide, torch.bfloat16) == (functional.SLICE_ROWS, functional.SLICE_COLUMNS)

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+import hf_lm.functional_hf_lm as functional
 from hf_lm import HfLmForCausalLM, HfLmModel
 from hf_lm.functional_hf_lm import packed_document_ids
 from hf_lm.modeling_hf_lm import HfLmAttention
@@ -262,6 +263,53 @@ def test_lengths_given_for_flash_attention_are_passed_on(flash_stand_in):
     logits = model(ids, position_ids=torch.tensor([[*range(4), *range(5)]]), **lengths).logits
     torch.testing.assert_close(logits[:, 4:], plain(ids[:, 4:]).logits, **EXACT)
     assert flash_stand_in[0]["cu_seq_lens_q"] is borders
+
+
+@pytest.fixture
+def varlen_stand_in(monkeypatch):
+    """PyTorch's kernel for documents of different lengths, written out, where there is none."""
+    calls = []
+
+    def attend(query, key, value, starts, other, longest, also, *, scale, window_size):
+        calls.append(starts)
+        assert starts is other and longest == also >= starts.diff().max() and starts[-1] == len(query)
+        index = torch.arange(len(query))
+        document, distance = torch.bucketize(index, starts, right=True), index[:, None] - index
+        seen = (
+            (document[:, None] == document) & (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        )
+        q, k, v = (states.transpose(0, 1) for states in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(0, 1)
+
+    monkeypatch.setattr(functional, "varlen_attn", attend, raising=False)
+    monkeypatch.setattr(functional, "has_varlen_kernel", lambda *_: True)
+    return calls
+
+
+@pytest.mark.skipif(not functional.HAS_VARLEN, reason="PyTorch has it from 2.11 on")
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"sliding_window": 3}], ids=str)
+@pytest.mark.parametrize("case", PACKED)
+def test_documents_are_kept_apart_by_their_lengths(varlen_stand_in, case, changes):
+    model, plain = build("llama", "varlen", **changes), build("llama", **changes)
+    ids, mask, positions, places = lay_packed(PACKED[case])
+    mask = None if case == "no mask" else mask
+    logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    for row, place in places:
+        torch.testing.assert_close(logits[row, place], plain(ids[row : row + 1, place]).logits[0], **EXACT)
+    assert len(varlen_stand_in) == model.config.num_hidden_layers
+
+
+@pytest.mark.skipif(not functional.HAS_VARLEN, reason="PyTorch has it from 2.11 on")
+def test_lengths_of_a_batch_are_taken_as_they_are_and_without_any_it_is_sdpa(varlen_stand_in):
+    model, plain, ids = build("llama", "varlen"), build("llama"), draw_ids(1, 9)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, **EXACT)
+    assert not varlen_stand_in
+    borders = torch.tensor([0, 4, 9, 9], dtype=torch.int32)  # as the collator fills them up
+    lengths = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 9, "max_length_k": 9}
+    positions = torch.tensor([[*range(4), *range(5)]])
+    logits = model(ids, position_ids=positions, use_cache=False, **lengths).logits
+    torch.testing.assert_close(logits[:, 4:], plain(ids[:, 4:]).logits, **EXACT)
+    assert all(starts is borders for starts in varlen_stand_in) and varlen_stand_in
 
 
 def test_engines_own_attention_gets_its_arguments_and_no_mask():
@@ -533,17 +581,20 @@ def test_compiled_training_gives_the_loss_and_the_gradients_without_the_logits(n
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_no_tensor_of_a_compiled_training_graph_is_as_large_as_the_logits():
-    model, ids, sizes = build(vocab_size=999).train(), draw_ids(4, 40), []
+def test_compiled_training_holds_no_logits_and_no_mask_and_finds_the_cosines_once():
+    model, ids, shapes, operators = build("default", "sdpa", vocab_size=999).train(), draw_ids(4, 37), [], []
 
-    def note_sizes(graph, inputs):
+    def look(graph, inputs):
         values = [node.meta.get("val") for node in graph.graph.nodes]
-        sizes.extend(value.numel() for value in values if isinstance(value, torch.Tensor))
+        shapes.extend(value.shape for value in values if isinstance(value, torch.Tensor))
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return make_boxed_func(graph.forward)
 
-    forward = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=note_sizes))
+    forward = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=look))
     forward(ids, labels=ids, use_cache=False).loss.backward()
-    assert 0 < max(sizes) < ids.numel() * 999
+    assert 0 < max(shape.numel() for shape in shapes) < ids.numel() * 999
+    assert not any(shape[-2:] == (37, 37) for shape in shapes)
+    assert sum("cosines_and_sines" in operator for operator in operators) == 1
 
 
 BAD_INPUT = {

@@ -21,6 +21,7 @@ from hf_lm.analysis.plan import (
     flops_by_part,
     memory_by_part,
     memory_by_strategy,
+    model_flops_utilization,
     parameters_by_part,
 )
 from hf_lm.cli import main
@@ -55,6 +56,16 @@ def test_operations_are_those_that_torch_counts(build):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     assert counter.get_total_flops() == sum(flops_by_part(model, 32).values()) * ids.numel()
+
+
+def test_utilization_is_the_models_own_operations_over_the_peak_of_known_devices(monkeypatch):
+    model, gpu, name = tiny(), torch.device("cuda"), "NVIDIA H200"
+    monkeypatch.setattr("hf_lm.analysis.plan.describe_hardware", lambda device: name)
+    share = model_flops_utilization(model, 32, 1e9, gpu, devices=2)
+    assert share == pytest.approx(1e9 * sum(flops_by_part(model, 32).values()) / (2 * 989e12))
+    assert model_flops_utilization(model, 32, 1e9, torch.device("cpu")) is None
+    name = "something new"
+    assert model_flops_utilization(model, 32, 1e9, gpu) is None
 
 
 def test_operations_and_state_of_muon_are_those_of_its_step():

@@ -19,6 +19,7 @@ from hf_lm.data.packing import (
     segment_prefix,
 )
 from hf_lm.errors import InputError
+from hf_lm.functional_hf_lm import packed_document_ids, varlen_arguments
 from hf_lm.tokenization import train_tokenizer
 
 TEXTS = ["Call me Ishmael.", "白鲸 🐋 swims", "x", "Some years ago, never mind how long precisely. " * 5]
@@ -193,3 +194,17 @@ def test_batches_are_padded_and_need_positions_only_where_documents_meet(with_pr
     assert batch["input_ids"].tolist() == [[0, 5, 6, with_prefix.pad_token_id], [0, 5, 0, 6]]
     assert batch["labels"].tolist() == [[-100, 5, 6, -100], [-100, 5, -100, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_lengths_of_a_batch_are_those_found_in_its_positions(rows):
+    rows = [{"input_ids": [7] * sum(sizes), "labels": [7] * sum(sizes), "position_ids": [position for size in sizes for position in range(size)]} for sizes in rows]  # fmt: skip
+    batch = PackedCollator(0, lengths=True)(rows)
+    if "position_ids" not in batch:
+        assert set(batch) == {"input_ids", "labels"}
+        return
+    found = varlen_arguments(packed_document_ids(batch["position_ids"], None), None)
+    given_lengths, total = batch["cu_seq_lens_q"], batch["input_ids"].numel()
+    assert given_lengths[: len(found["cu_seq_lens_q"])].tolist() == found["cu_seq_lens_q"].tolist()
+    assert (given_lengths[len(found["cu_seq_lens_q"]) - 1 :] == total).all() and given_lengths.dtype == torch.int32
+    assert len(given_lengths).bit_count() == 1 and batch["max_length_q"] >= found["max_length_q"]

@@ -35,7 +35,7 @@ def test_token_calibration_is_that_of_the_models_own_guesses(model, tokenizer):
         confidence, guess = model(ids).logits[0, :-1].softmax(-1).max(-1)
     padded = torch.nn.functional.pad(ids, (0, 5))
     labels = padded.masked_fill(torch.arange(padded.shape[1]) >= ids.shape[1], -100)
-    result = token_calibration(model, [{"input_ids": padded, "labels": labels}] * 2)
+    result = token_calibration(model, [{"input_ids": padded, "labels": labels, "max_length_q": 3}] * 2)  # no tensor
     assert result["tokens"] == 2 * (ids.shape[1] - 1)
     assert math.isclose(result["accuracy"], (guess == ids[0, 1:]).float().mean().item(), rel_tol=1e-6)
     assert math.isclose(result["confidence"], confidence.mean().item(), rel_tol=1e-5)

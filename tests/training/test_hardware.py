@@ -5,6 +5,7 @@ from copy import copy
 import pytest
 
 from hf_lm import HfLmForCausalLM
+from hf_lm.functional_hf_lm import HAS_VARLEN
 from hf_lm.training import hardware
 
 
@@ -36,3 +37,25 @@ def test_attention_whose_probabilities_take_much_is_not_written_out(tiny_config,
         monkeypatch.setattr(hardware, "KEPT_BY_ATTENTION", limit)
         hardware.fit_to_cpu(model, 2, 32, bfloat16=True)
         assert model.config._attn_implementation == expected
+
+
+@pytest.mark.skipif(not HAS_VARLEN, reason="PyTorch has it from 2.11 on")
+@pytest.mark.parametrize(
+    ("device", "half", "changes", "expected"),
+    [
+        ("cuda", True, {}, "varlen"),
+        ("cuda", False, {}, "sdpa"),
+        ("cpu", True, {}, "sdpa"),
+        ("cuda", True, {"attention_dropout": 0.1}, "sdpa"),
+        ("cuda", True, {"attn_logit_softcapping": 5.0}, "eager"),
+    ],
+)
+def test_documents_are_kept_apart_by_their_lengths_where_there_is_a_kernel(
+    tiny_config, monkeypatch, device, half, changes, expected
+):
+    for name, value in changes.items():
+        setattr(tiny_config, name, value)
+    model = HfLmForCausalLM(tiny_config)
+    monkeypatch.setattr(hardware, "device_type", lambda: device)
+    hardware.attend_by_length(model, half)
+    assert model.config._attn_implementation == expected
