@@ -1,9 +1,9 @@
 # Copyright 2026 The hf_lm authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The functions of the model that hold no weights: which token sees which, rotary positions, attention written out, and
-two with hand-written exact gradients, since they were measured to be faster or smaller than the plain formula that
-they equal: the loss over the vocabulary without the logits, and the RMS norm on a CPU.
+The functions of the model that hold no weights: which token sees which, rotary positions, attention written out and by
+the lengths of documents, and two with hand-written exact gradients, since they were measured to be faster or smaller
+than the plain formula that they equal: the loss over the vocabulary without the logits, and the RMS norm on a CPU.
 """
 
 import inspect
@@ -255,6 +255,23 @@ def rotate_half(x: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+# Compiled, the cosines would be computed anew in the kernels of every layer: 5 of 130 ms a step on a GPU (recipes/LOG.md).
+# Operators are named after the module: a copy of it from the Hub has its own.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::cosines_and_sines", mutates_args=())
+def _cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return angles.cos(), angles.sin()
+
+
+@_cosines_and_sines.register_fake
+def _(angles):
+    return torch.empty_like(angles), torch.empty_like(angles)
+
+
+def cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both; for a compiler one operator, whose outcome is kept."""
+    return _cosines_and_sines(angles) if is_compiled() else (angles.cos(), angles.sin())
+
+
 def apply_rotary_pos_emb(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,10 +292,8 @@ def apply_rotary_pos_emb(
 
     if torch.compiler.is_compiling():
         return turn(q), turn(k)
-    turned = turn(
-        torch.cat((q, k), dim=1)
-    )  # both at once: in decoding, the number of operations is what takes the time
-    return turned[:, :heads], turned[:, heads:]
+    both = turn(torch.cat((q, k), dim=1))  # at once: in decoding, the number of operations is what takes the time
+    return both[:, :heads], both[:, heads:]
 
 
 def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -464,7 +479,6 @@ def _room_for_gradients(inputs: tuple[torch.Tensor | None, ...], needed: tuple[b
 
 
 # For a compiler, which would unroll the slices into thousands of nodes, or else hold all logits, it is one operator.
-# Named after the module: a copy of it from the Hub has its own.
 _loss_operator = torch.library.custom_op(
     f"{__name__.replace('.', '_')}::loss_and_gradients", _loss_and_gradients, mutates_args=()
 )
@@ -474,22 +488,6 @@ _loss_operator = torch.library.custom_op(
 def _(hidden, weight, bias, labels, scale, cap, ignore_index, dtype, *needed):
     total = hidden.new_empty((), dtype=torch.float32)
     return total, *_room_for_gradients((hidden, weight, bias), needed)
-
-
-# Compiled for an accelerator, the cosines would be computed anew in every layer's kernels.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::cosines_and_sines", mutates_args=())
-def _cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return angles.cos(), angles.sin()
-
-
-@_cosines_and_sines.register_fake
-def _(angles):
-    return torch.empty_like(angles), torch.empty_like(angles)
-
-
-def cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both; for a compiler one operator, whose outcome is kept."""
-    return _cosines_and_sines(angles) if is_compiled() else (angles.cos(), angles.sin())
 
 
 @torch.compile

@@ -30,7 +30,8 @@ class ModelArguments:
     )
     vocab_size: int = field(default=2048, metadata={"help": "size of a new tokenizer's vocabulary, in tokens"})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the fastest for the device"}
+        default=None,
+        metadata={"help": "eager, sdpa, varlen, flash_attention_2, ...; default: the fastest for the device"},
     )
     tokenizer_kind: str = field(default="bpe", metadata={"help": "a new tokenizer's kind: bpe, byte or char"})
     extend_vocab_size: int | None = field(
