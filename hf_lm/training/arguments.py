@@ -88,7 +88,7 @@ class HfLmTrainingArguments(TrainingArguments):
     )
     lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "shape of the learning rate"})
     lr_decay_ratio: float = field(
-        default=0.6, metadata={"help": "share of the steps over which warmup_stable_decay falls to zero, linearly"}
+        default=0.4, metadata={"help": "share of the steps over which warmup_stable_decay falls to zero, linearly"}
     )
     muon_learning_rate: float | None = field(
         default=None,

@@ -47,8 +47,8 @@ def cosine(share: float) -> float:
 
 
 def stable_then_linear(share: float) -> float:
-    """The recipe's shape: level, then linearly to zero over the last 60% of the time."""
-    return min(1.0, (1 - share) / 0.6)
+    """The recipe's shape: level, then linearly to zero over the last part of the time."""
+    return min(1.0, (1 - share) / RECIPE["lr_decay_ratio"])
 
 
 def timed(base, start: float, seconds: float, steps: int, schedule, ends: list[float]):
