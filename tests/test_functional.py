@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_lm.functional_hf_lm as functional
@@ -112,6 +113,17 @@ def test_logits_are_there_in_evaluation_and_for_a_loss_of_ones_own(tiny_model):
     tiny_model.train()
     tiny_model.loss_function = lambda logits, labels, **kwargs: logits.sum()
     assert tiny_model(ids, labels=ids).logits is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squared_relu_has_the_librarys_bits(dtype):
+    torch.manual_seed(0)
+    x, grad = torch.randn(7, 33, dtype=dtype, requires_grad=True), torch.randn(7, 33, dtype=dtype)
+    expected = ACT2FN["relu2"](x)
+    for training in (True, False):
+        actual = functional.squared_relu(x, training)
+        assert torch.equal(actual, expected)
+        assert torch.equal(*(torch.autograd.grad(y, x, grad, retain_graph=True)[0] for y in (actual, expected)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
