@@ -94,21 +94,21 @@ def attention_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask, {}
-    is_flash, no_cache = is_flash_attention_requested(config), past_key_values is None
-    by_length = is_flash or (no_cache and goes_by_length(config, inputs_embeds))
-    if by_length and no_cache and cu_seq_lens is not None:
+    no_cache = past_key_values is None
+    if cu_seq_lens is not None and no_cache and goes_by_length(config, inputs_embeds):
         return dict.fromkeys(config.layer_types), {}
-    by_length = by_length and not is_tracing(inputs_embeds)  # lengths found here depend on the data
     attention_kwargs = {}
     mask_kwargs = {}
     is_2d = attention_mask is None or attention_mask.ndim == 2
     if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and nothing_cached(past_key_values):
         documents = packed_document_ids(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask)
+        is_flash = is_flash_attention_requested(config)  # its lengths depend on the data: not for a traced graph
         if not is_flash if is_tracing(documents) else bool((documents[:, -1] > 0).any()):
-            if by_length:
-                attention_kwargs, attention_mask = varlen_arguments(documents, attention_mask), None
-                if no_cache:
-                    return dict.fromkeys(config.layer_types), attention_kwargs
+            if no_cache and goes_by_length(config, inputs_embeds) and not is_tracing(documents):
+                return dict.fromkeys(config.layer_types), varlen_arguments(documents, attention_mask)
+            if is_flash:
+                attention_kwargs = varlen_arguments(documents, attention_mask)
+                attention_mask = None
             if past_key_values is not None:  # a static cache has room for more keys than there are yet
                 length = documents.shape[1]
                 sizes = [past_key_values.get_mask_sizes(length, i)[0] for i in range(config.num_hidden_layers)]
@@ -116,10 +116,10 @@ def attention_masks(
             mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
 
     # A causal mask alone is left to the kernel. The library does so too, but not in a graph of an older PyTorch.
-    has_window = "sliding_attention" in config.layer_types and config.sliding_window < inputs_embeds.shape[1]
-    is_causal_alone = attention_mask is None and no_cache and not mask_kwargs and not has_window
-    if is_causal_alone and is_compiled() and config._attn_implementation in ("sdpa", "varlen"):
-        return dict.fromkeys(config.layer_types), {}
+    if is_compiled() and no_cache and attention_mask is None and not mask_kwargs:
+        has_window = "sliding_attention" in config.layer_types and config.sliding_window < inputs_embeds.shape[1]
+        if config._attn_implementation in ("sdpa", "varlen") and not has_window:
+            return dict.fromkeys(config.layer_types), {}
 
     # The mask takes the dtype of the embeddings; under autocast the scores it is added to have another.
     device = inputs_embeds.device.type
@@ -193,10 +193,11 @@ def has_varlen_kernel(device: str, dtype: torch.dtype) -> bool:
 
 
 def goes_by_length(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
-    """Whether attention is `varlen_attention_forward` and will use its kernel."""
+    """Whether attention needs no mask to keep documents apart, but their lengths: FlashAttention, and PyTorch's."""
     device = inputs_embeds.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_embeds.dtype
-    return config._attn_implementation == "varlen" and has_varlen_kernel(device, dtype)
+    is_varlen = config._attn_implementation == "varlen" and has_varlen_kernel(device, dtype)
+    return is_varlen or is_flash_attention_requested(config)
 
 
 def varlen_attention_forward(

@@ -43,9 +43,8 @@ class PackedCollator:
 
     @staticmethod
     def _lengths(position_ids: np.ndarray) -> dict[str, torch.Tensor | int]:
-        begins = np.diff(position_ids, axis=1, prepend=-2) != 1  # the first of a row always
-        begins = np.flatnonzero(begins)
-        ends = np.full(1 << len(begins).bit_length(), position_ids.size, dtype=np.int32)
-        ends[: len(begins)] = begins
-        borders, longest = torch.from_numpy(ends), position_ids.shape[1]
+        begins = np.flatnonzero(np.diff(position_ids, axis=1, prepend=-2) != 1)  # the first of a row always
+        filled = np.full(1 << len(begins).bit_length(), position_ids.size, dtype=np.int32)
+        filled[: len(begins)] = begins
+        borders, longest = torch.from_numpy(filled), position_ids.shape[1]
         return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
