@@ -73,9 +73,9 @@ class HfLmTrainingArguments(TrainingArguments):
     `TrainingArguments` with the defaults of from-scratch training and a few keys of our own.
 
     On Moby-Dick, in bits per byte after 400 steps (three seeds, p < 0.005, `recipes/benchmarks/defaults.py`), the
-    schedule gains 0.053 over cosine, and `muon_learning_rate`, which recipes set, 0.322 over AdamW for all. What
-    `recipes/addresses` sets (`muon_momentum` 0.8, `learning_rate` 0.006, scaled embeddings) gains 0.106 more, but only
-    where text is read once or twice (`recipes/LOG.md`).
+    schedule gains 0.067 over cosine, `lr_decay_ratio` 0.4 gains 0.015 over 0.6, and `muon_learning_rate`, which recipes
+    set, 0.322 over AdamW for all. What `recipes/addresses` sets (`muon_momentum` 0.8, `learning_rate` 0.006, scaled
+    embeddings) gains 0.106 more, but only where text is read once or twice (`recipes/LOG.md`).
     """
 
     output_dir: str | None = field(default="runs/hf_lm", metadata={"help": "folder that receives everything"})
