@@ -39,7 +39,7 @@ except ImportError:  # before 2.10
 # Logits held at once: on a CPU in 16 bits and in 32, and on an accelerator. A CPU's unit for 16-bit products is so fast that a
 # slice should stay in the cache; where products take nearly all of the time, larger ones are faster.
 SLICE_ELEMENTS = {"cpu16": 2**19, "cpu32": 2**22, "default": 2**27}
-SLICE_ROWS = 256  # at least: each slice adds to the gradient of the whole matrix
+SLICE_ROWS = 256  # or a multiple: whole tiles; not less, for each slice adds to the gradient of the whole matrix
 # In 16 bits a larger vocabulary is sliced too on a CPU, so many columns each, and the logits are computed twice, the first
 # time only to add up each row. 2,048 rows at a vocabulary of 49,152: 1.1 s of one thread, instead of 1.7 s in slices of
 # whole rows. In float32 the fourth product costs more than it saves (AVX2, two threads: 3.3 s, and 2.2 s in whole rows).

@@ -25,6 +25,7 @@ import time
 
 import psutil
 import torch
+from accelerate.utils import send_to_device
 from data_pipeline import PeakMemory
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,8 +86,9 @@ def draw_batch(vocabulary: int, rows: int, context: int, document: int, device: 
     positions = index - torch.where(begins, index, 0).cummax(dim=1).values
     numbers = {"input_ids": ids.numpy(), "labels": ids.numpy(), "position_ids": positions.numpy()}
     packed = PackedCollator(0, lengths=device == "cuda")
-    batch = packed([{name: values[row] for name, values in numbers.items()} for row in range(rows)])
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return send_to_device(
+        packed([{name: values[row] for name, values in numbers.items()} for row in range(rows)]), device
+    )
 
 
 def measure(kind: str, case: str, arguments: argparse.Namespace) -> dict[str, float]:
