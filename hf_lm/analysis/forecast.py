@@ -55,34 +55,48 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _mean(times: list[float], first: int) -> float:
-    """Seconds between two times, without the first few where there are more."""
-    first = min(first, len(times) - 2)
-    return (times[-1] - times[first]) / (len(times) - 1 - first)
+def _mean(times: list[float]) -> float:
+    """Seconds between two times."""
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 class _Stopwatch(TrainerCallback):
     """Ends training when enough steps have been timed; a first one that compiles does not count."""
 
     def __init__(self, seconds: float, compiles: bool = False):
-        self.seconds, self.compiles, self.times = seconds, compiles, []
+        self.seconds, self.compiles, self.trainer = seconds, compiles, None
+        self.times, self.tokens = [], []  # the clock and the trainer's count at the start and after each step
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.times.append(_now(args.device))
+        self.tokens.append(self.trainer.train_tokens)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.compiles:
-            self.compiles, self.times = False, []
-        self.times.append(_now(args.device))
+            self.compiles, self.times, self.tokens = False, [], []
+        self.on_train_begin(args, state, control)
         steps, seconds = len(self.times) - 1, self.times[-1] - self.times[0]
         enough = steps >= 2 * WARM_UP + SHARE * state.max_steps
         late = seconds > self.seconds and (steps >= 3 or seconds > 10 * self.seconds)  # the first two are slower
         control.should_training_stop |= enough or late
 
+    def seconds_per_token(self) -> float:
+        """Without the first few steps. (An epoch's last step may be shorter: steps are not alike, tokens are.)"""
+        first = min(WARM_UP, len(self.times) - 2)
+        return (self.times[-1] - self.times[first]) / (self.tokens[-1] - self.tokens[first])
+
+
+def _keeps_graph(trainer) -> bool:
+    """Whether the run goes on with the compiled model of its forecast."""
+    return trainer.args.torch_compile and not trainer.is_sharded
+
 
 @contextmanager
 def _nothing_changes(trainer) -> Iterator[None]:
-    """Random numbers, and the model's mode and forward (which training wraps in autocast), are afterwards as before."""
+    """
+    Random numbers, and the model's mode and forward (which training wraps in autocast), are afterwards as before. The
+    forward of a compiled model stays.
+    """
     model, device, python, numpy = trainer.model, trainer.args.device, random.getstate(), np.random.get_state()
     own, training, use_cache = dict(model.__dict__), model.training, model.config.use_cache
     try:
@@ -91,8 +105,9 @@ def _nothing_changes(trainer) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        model.__dict__.clear()
-        model.__dict__.update(own)
+        if not _keeps_graph(trainer):
+            model.__dict__.clear()
+            model.__dict__.update(own)
         model.train(training).zero_grad(set_to_none=True)
         model.config.use_cache = use_cache
 
@@ -108,6 +123,7 @@ def _twin(trainer, watch: _Stopwatch):
     flow = [DefaultFlowCallback(), watch]
     twin.callback_handler = CallbackHandler(flow, trainer.model, trainer.processing_class, None, None)
     twin.watch, twin._losses, twin.train_tokens = type(trainer.watch)(twin), [], 0
+    watch.trainer = twin
     return twin
 
 
@@ -115,10 +131,11 @@ def _step_costs(twin, watch: _Stopwatch) -> dict:
     twin.train()
     state = [value for values in twin.optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     stored = sum(tensor.nbytes for tensor in [*state, *twin.model.parameters()])
+    tokens = twin.train_tokens / twin.state.global_step
     costs = {
         "steps": twin.state.max_steps,
-        "tokens": twin.train_tokens / twin.state.global_step,
-        "step": _mean(watch.times, WARM_UP),
+        "tokens": tokens,
+        "step": tokens * watch.seconds_per_token(),
         "save": SAVE_SECONDS + stored / SAVED_BYTES_PER_SECOND,
     }
     if twin.args.train_sampling_strategy == "group_by_length":  # which starts with the longest
@@ -137,7 +154,7 @@ def _evaluation_seconds(twin, batches: int) -> float:
     for batch in islice(twin.get_eval_dataloader(some), batches):
         twin.prediction_step(twin.model, batch, prediction_loss_only=False)
         times.append(_now(twin.args.device))
-    return _mean(times, 0) * math.ceil(len(rows) / twin.args.eval_batch_size)
+    return _mean(times) * math.ceil(len(rows) / twin.args.eval_batch_size)
 
 
 def _sample_seconds(twin, tokens: int = 12) -> float:
@@ -148,7 +165,7 @@ def _sample_seconds(twin, tokens: int = 12) -> float:
         times = [_now(twin.args.device)]
         continue_prompts(twin)
         times.append(_now(twin.args.device))
-    return _mean(times, 0) * whole / tokens
+    return _mean(times) * whole / tokens
 
 
 def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
@@ -175,9 +192,11 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
         if looks:  # by turns with training, as in the run: what one frees the other cannot always use
             for batches in (1, 2):
                 costs["evaluation"] = _evaluation_seconds(twin, batches)
-                watch.times, watch.seconds = [], 0.0
+                watch.times, watch.tokens, watch.seconds = [], [], 0.0
                 twin.train()
             costs["samples"], growth = _sample_seconds(twin), HEAP_GROWTH
+    if _keeps_graph(trainer):
+        trainer.model_wrapped = twin.model_wrapped
     peak = max(peak_memory(), memory[0] + int(growth * (memory[1] - memory[0])))
     steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
     epochs, every = arguments.num_train_epochs, twin.state.eval_steps

@@ -1,41 +1,48 @@
 """Blocks to batches."""
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from .packing import IGNORED
 
 
+@dataclass
 class PackedCollator:
     """
     Stacks blocks into int64 tensors `input_ids`, `labels`, `position_ids` of shape `(batch, longest)`.
 
-    Padding stands on the right; its labels are -100 and its positions start again at 0, which makes it a document of
-    its own. There is no attention mask. Where every row is one unbroken segment of the same length the positions say
-    nothing and are left out: attention then needs no mask at all.
+    Padding stands on the right, where no token sees it; its labels are -100. There is no attention mask. Where every
+    row is one unbroken segment the positions say nothing and are left out: attention then needs no mask at all.
 
     Args:
         pad_token_id: what fills up shorter blocks; any token will do, nothing sees it.
         lengths: where documents are packed, also say where they end in the flattened batch, as kernels for documents of
             different lengths (FlashAttention) need it: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, filled up to a power of
             two with the end, so that their number seldom changes), `max_length_q`, `max_length_k` (that of a row).
+        pad_to_multiple_of: the longest block is padded too, to a multiple of so many tokens.
+        fill_to_rows: a batch of fewer blocks gets rows of padding: one shape, so that a compiled model has one graph.
     """
 
-    def __init__(self, pad_token_id: int | None, lengths: bool = False):
-        self.pad_token_id, self.lengths = pad_token_id or 0, lengths
+    pad_token_id: int | None
+    lengths: bool = False
+    pad_to_multiple_of: int = 1
+    fill_to_rows: int = 0
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
+        longest = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (max(len(rows), self.fill_to_rows), longest)
         batch = {
-            "input_ids": np.full((len(rows), longest), self.pad_token_id, dtype=np.int64),
-            "labels": np.full((len(rows), longest), IGNORED, dtype=np.int64),
-            "position_ids": np.zeros((len(rows), longest), dtype=np.int64),
+            "input_ids": np.full(shape, self.pad_token_id or 0, dtype=np.int64),
+            "labels": np.full(shape, IGNORED, dtype=np.int64),
+            "position_ids": np.tile(np.arange(longest), (shape[0], 1)),
         }
         for number, row in enumerate(rows):
-            length = len(row["input_ids"])
             for name in batch:
-                batch[name][number, :length] = row[name]
-            batch["position_ids"][number, length:] = np.arange(longest - length)
+                batch[name][number, : len(row[name])] = row[name]
         if (batch["position_ids"] == np.arange(longest)).all():
             del batch["position_ids"]
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 from transformers.utils import logging
 
+from ..data.collator import PackedCollator
 from ..data.packing import IGNORED
 from ..data.streams import EndlessStream
 from ..errors import InputError
@@ -176,12 +178,15 @@ class HfLmTrainer(Trainer):
         if is_training and isinstance(dataset, IterableDataset):
             loader = self._get_stream_loader(dataset, *args, **kwargs)
         else:
-            drops = self.args.dataloader_drop_last
+            drops, collator = self.args.dataloader_drop_last, self.data_collator
             self.args.dataloader_drop_last = drops and is_training  # what is held out is evaluated to the last row
+            if is_training and self.args.torch_compile and isinstance(collator, PackedCollator):
+                # An epoch's last batch, where smaller, would make all that follow run in a graph for any size.
+                self.data_collator = replace(collator, fill_to_rows=self.args.train_batch_size)
             try:
                 loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
             finally:
-                self.args.dataloader_drop_last = drops
+                self.args.dataloader_drop_last, self.data_collator = drops, collator
         inner = getattr(loader, "base_dataloader", loader)  # of accelerate's, which only passes on
         inner.worker_init_fn = partial(outlive_first_signal, inner.worker_init_fn)
         return loader

@@ -188,12 +188,26 @@ def test_batches_are_padded_and_need_positions_only_where_documents_meet(with_pr
     collate = PackedCollator(with_prefix.pad_token_id)
     plain = {"input_ids": [0, 5, 6], "labels": [-100, 5, 6], "position_ids": [0, 1, 2], "num_bytes": 2}
     packed = {"input_ids": [0, 5, 0, 6], "labels": [-100, 5, -100, 6], "position_ids": [0, 1, 0, 1], "num_bytes": 2}
-    assert set(collate([plain, plain])) == {"input_ids", "labels"}
+    longer = {"input_ids": [0, 5, 6, 7], "labels": [-100, 5, 6, 7], "position_ids": [0, 1, 2, 3], "num_bytes": 3}
+    assert set(collate([plain, plain])) == set(collate([plain, longer])) == {"input_ids", "labels"}
     batch = collate([plain, packed])
     assert batch["input_ids"].dtype == torch.int64
     assert batch["input_ids"].tolist() == [[0, 5, 6, with_prefix.pad_token_id], [0, 5, 0, 6]]
     assert batch["labels"].tolist() == [[-100, 5, 6, -100], [-100, 5, -100, 6]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+
+
+def test_padding_changes_no_loss(tiny_model):
+    """What is on the right is seen by nobody, where rows are whole and where documents are packed."""
+    rows = [
+        {"input_ids": [0, 5, 6], "labels": [-100, 5, 6], "position_ids": [0, 1, 2]},
+        {"input_ids": [0, 5, 0, 6, 7], "labels": [-100, 5, -100, 6, 7], "position_ids": [0, 1, 0, 1, 2]},
+    ]
+    for chosen in (rows[:1], rows[1:], rows):
+        plain, filled = PackedCollator(0)(chosen), PackedCollator(3, pad_to_multiple_of=8, fill_to_rows=4)(chosen)
+        assert filled["input_ids"].shape == filled["labels"].shape == (4, 8)
+        assert (filled["labels"] != -100).sum() == (plain["labels"] != -100).sum()
+        torch.testing.assert_close(tiny_model(**filled).loss, tiny_model(**plain).loss, rtol=1e-6, atol=1e-6)
 
 
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3))

@@ -56,6 +56,21 @@ def test_a_run_leaves_everything_in_one_folder(recipe, tmp_path):
     assert [sample["step"] for sample in samples] == [6, 12, 12]
 
 
+def test_a_compiled_run_has_one_graph_and_the_same_losses(recipe, tmp_path):
+    """Of its forecast too, and for an epoch's smaller last batch: with a second size all would run in a graph for any."""
+    changes = {"per_device_train_batch_size": 48, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+    losses, graphs = [], torch._dynamo.utils.counters["stats"]
+    for backend in (None, "aot_eager"):  # naming one compiles
+        folder = tmp_path / str(backend)
+        before = graphs["unique_graphs"]
+        run(recipe(**changes, output_dir=str(folder), torch_compile_backend=backend, forecast=True))
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+        assert history[-1]["epoch"] > 1
+        assert graphs["unique_graphs"] - before == (backend is not None)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_the_kept_recipe_runs_the_same(recipe, tmp_path):
     run(recipe(max_steps=6, output_dir=str(tmp_path / "first")), "--seed", "7")
     run(str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path / "second"))

@@ -89,7 +89,13 @@ class Task(ABC):
 
     def collator(self, tokenizer):
         """What makes batches of encoded rows."""
-        return PackedCollator(tokenizer.pad_token_id, lengths=self.training_arguments.device.type == "cuda")
+        arguments, data = self.training_arguments, self.data_arguments
+        whole = arguments.torch_compile and data.packing  # one length, so one graph
+        return PackedCollator(
+            tokenizer.pad_token_id,
+            lengths=arguments.device.type == "cuda",
+            pad_to_multiple_of=data.block_size if whole else 1,
+        )
 
     def config_fields(self, tokenizer) -> dict:
         """Fields of a new model's configuration, and of a loaded one's, that the task decides."""
