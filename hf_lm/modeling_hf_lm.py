@@ -45,10 +45,10 @@ from .functional_hf_lm import (
     default_position_ids,
     eager_attention_forward,
     is_compiled,
-    linear_cross_entropy,
     rms_norm,
     squared_relu,
 )
+from .loss_hf_lm import linear_cross_entropy
 
 
 class HfLmRMSNorm(nn.Module):

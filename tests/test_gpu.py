@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import hf_lm.functional_hf_lm as functional
-from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm import HfLmConfig, HfLmForCausalLM, loss_hf_lm
 from hf_lm.cli import main
 from hf_lm.data.collator import PackedCollator
+from hf_lm.functional_hf_lm import HAS_VARLEN
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize(("scale", "bias"), [(1.0, False), (0.5, True)])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, is_compiled):
-    monkeypatch.setattr(functional, "slice_shape", lambda *_: (64, 300))  # several slices, the last one short
+    monkeypatch.setattr(loss_hf_lm, "slice_shape", lambda *_: (64, 300))  # several slices, the last one short
     torch.manual_seed(0)
     head = nn.Linear(32, 300, bias=bias, device="cuda")
     hidden = torch.randn(3, 90, 32, device="cuda", requires_grad=True)
@@ -29,7 +29,7 @@ def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, 
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     inputs = [hidden, *head.parameters()]
     expected_gradients = torch.autograd.grad(expected, inputs)
-    compute = functional.linear_cross_entropy
+    compute = loss_hf_lm.linear_cross_entropy
     if is_compiled:
         compute = torch.compile(compute, fullgraph=True)
     loss = compute(hidden, head, labels, logit_scale=scale, softcap=softcap)
@@ -59,7 +59,7 @@ def packed_batch(lengths: bool = True) -> dict:
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"sliding_window": 9}], ids=str)
 @pytest.mark.parametrize("lengths", ["the collator's", "found", "the collator's, compiled"])
 def test_attention_by_lengths_equals_attention_by_mask(changes, lengths):
-    if not functional.HAS_VARLEN:
+    if not HAS_VARLEN:
         pytest.skip("needs PyTorch 2.11")
     batch, outcomes = packed_batch(lengths != "found"), []
     for attention in ("sdpa", "varlen"):

@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "hf_lm"
 LAYERS = [
     ["errors"],
     ["configuration_hf_lm"],
-    ["functional_hf_lm"],
+    ["functional_hf_lm", "loss_hf_lm"],
     ["modeling_hf_lm"],
     ["tokenization", "data"],
     ["training", "evaluation", "interop", "hub", "analysis", "inference"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-HUB_FILES = ("configuration_hf_lm", "functional_hf_lm", "modeling_hf_lm")
+HUB_FILES = ("configuration_hf_lm", "functional_hf_lm", "loss_hf_lm", "modeling_hf_lm")
 
 
 def imports_of(path: Path) -> set[str]:

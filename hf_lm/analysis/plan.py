@@ -18,8 +18,8 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from ..functional_hf_lm import slice_shape
 from ..hub.card import WATTS, assumed_watts
+from ..loss_hf_lm import slice_shape
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
 from ..training.hardware import fit_to_cpu

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-TESTS = ("tests/test_modeling.py", "tests/test_heads.py", "tests/test_functional.py")
-MODEL, FUNCTIONS = "modeling_hf_lm.py", "functional_hf_lm.py"
+TESTS = ("tests/test_modeling.py", "tests/test_heads.py", "tests/test_functional.py", "tests/test_loss.py")
+MODEL, FUNCTIONS, LOSS = "modeling_hf_lm.py", "functional_hf_lm.py", "loss_hf_lm.py"
 
 # What is broken: (file, the line as it is, the line in its place). The line must occur exactly once.
 MUTATIONS = {
@@ -61,8 +61,8 @@ MUTATIONS = {
     "norm before the MLP left out": (MODEL, "self.mlp(self._norm(2, hidden_states))))", "self.mlp(hidden_states)))"),
     "final norm left out": (MODEL, "last_hidden_state=self.norm(hidden_states)", "last_hidden_state=hidden_states"),
     "untied head": (MODEL, '{"lm_head.weight": "model.embed_tokens.weight"}', "{}"),
-    "loss not divided by num_items_in_batch": (FUNCTIONS, "if num_items_in_batch is None:", "if True:"),
-    "labels not shifted": (FUNCTIONS, "labels, (0, 1), value=ignore_index)[..., 1:]", "labels, (0, 1), value=ignore_index)[..., :-1]"),
+    "loss not divided by num_items_in_batch": (LOSS, "if num_items_in_batch is None:", "if True:"),
+    "labels not shifted": (LOSS, "labels, (0, 1), value=ignore_index)[..., 1:]", "labels, (0, 1), value=ignore_index)[..., :-1]"),
     "loss of a head multiplied by accumulation": (MODEL, "    accepts_loss_kwargs = False\n\n    def __init__(self, config: HfLmConfig):\n        HfLmPreTrainedModel.__init__(self, config)\n        self.num_labels = config.num_labels\n        self.model = HfLmModel(config)\n        self.dropout", "    def __init__(self, config: HfLmConfig):\n        HfLmPreTrainedModel.__init__(self, config)\n        self.num_labels = config.num_labels\n        self.model = HfLmModel(config)\n        self.dropout"),
     "buffer not rebuilt on load": (MODEL, "init.constant_(module.embed_scale, module.scalar_embed_scale)", "pass"),
     "wrong gradient of the norm": (FUNCTIONS, "dot, value=-1.0 / normed.shape[-1]", "dot, value=1.0 / normed.shape[-1]"),

@@ -1,0 +1,115 @@
+"""The loss without the logits is the plain one, in value and gradient."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_lm import loss_hf_lm
+from hf_lm.loss_hf_lm import linear_cross_entropy
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_items_in_batch", [None, 7])
+@pytest.mark.parametrize("columns", [50, 16])
+def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, num_items_in_batch, columns):
+    monkeypatch.setattr(loss_hf_lm, "slice_shape", lambda *_: (4, columns))  # several slices, the last one short
+    torch.manual_seed(0)
+    head = nn.Linear(12, 50, bias=bias)
+    hidden = torch.randn(3, 9, 12, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 9))
+    labels[0, :4] = -100
+    labels[2] = -100
+    logits = head(hidden) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = ForCausalLMLoss(logits, labels, vocab_size=50, num_items_in_batch=num_items_in_batch)
+    inputs = [hidden, *head.parameters()]
+    expected_gradients = torch.autograd.grad(expected * 3, inputs)
+    loss = linear_cross_entropy(
+        hidden, head, labels, logit_scale=scale, softcap=softcap, num_items_in_batch=num_items_in_batch
+    )
+    gradients = torch.autograd.grad(loss * 3, inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (3.0, 0.25, True)])
+def test_loss_as_an_accelerator_computes_it_is_the_same(monkeypatch, softcap, scale, bias):
+    monkeypatch.setattr(loss_hf_lm, "slice_shape", lambda *_: (4, 50))  # several slices, the last one short
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(27, 12), torch.randn(50, 12), torch.randint(0, 50, (27,))
+    labels[3:9] = -100
+    arguments = (hidden, weight, torch.randn(50) if bias else None, labels, scale, softcap, -100, torch.float32)
+    expected = loss_hf_lm._loss_and_gradients(*arguments, True, True, bias)
+    with torch.compiler.set_stance("force_eager"):
+        actual = loss_hf_lm._compiled_loss_and_gradients(*arguments, True, True, bias)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_slices_are_of_whole_tiles():
+    for device, vocabulary, dtype in [("cuda", 50304, torch.bfloat16), ("cpu", 3000, torch.float32)]:
+        rows, _ = loss_hf_lm.slice_shape(device, vocabulary, dtype)
+        assert rows % loss_hf_lm.SLICE_ROWS == 0 and rows > loss_hf_lm.SLICE_ROWS
+
+
+def test_only_fast_products_are_worth_computing_logits_twice():
+    shape, wide, narrow = loss_hf_lm.slice_shape, loss_hf_lm.WIDE_VOCABULARY + 1, loss_hf_lm.WIDE_VOCABULARY
+    assert shape("cpu", wide, torch.bfloat16) == (loss_hf_lm.SLICE_ROWS, loss_hf_lm.SLICE_COLUMNS)
+    whole = [("cpu", narrow, torch.bfloat16), ("cpu", wide, torch.float32), ("cuda", wide, torch.bfloat16)]
+    assert all(shape(*case)[1] == case[1] and shape(*case)[0] >= loss_hf_lm.SLICE_ROWS for case in whole)
+
+
+def test_loss_without_logits_takes_shifted_labels_and_frozen_heads():
+    torch.manual_seed(0)
+    head = nn.Linear(12, 50).requires_grad_(False)
+    hidden = torch.randn(2, 5, 12, requires_grad=True)
+    labels = torch.randint(0, 50, (2, 5))
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    one = linear_cross_entropy(hidden, head, labels)
+    other = linear_cross_entropy(hidden, head, None, shift_labels=shifted)
+    assert torch.equal(one, other)
+    one.backward()
+    assert head.weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+def test_loss_without_logits_under_autocast_is_near_the_plain_one():
+    torch.manual_seed(0)
+    head = nn.Linear(64, 300, bias=False)
+    hidden = torch.randn(2, 40, 64, requires_grad=True)
+    labels = torch.randint(0, 300, (2, 40))
+    expected = ForCausalLMLoss(head(hidden), labels, vocab_size=300)
+    expected_gradient = torch.autograd.grad(expected, head.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, head, labels)
+    gradient = torch.autograd.grad(loss, head.weight)[0]
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0.05, atol=float(expected_gradient.abs().max()) / 50)
+
+
+def test_model_without_logits_equals_model_with_them(tiny_model):
+    tiny_model.train()
+    ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for skip_logits in (None, False):
+        tiny_model.zero_grad()
+        outputs = tiny_model(ids, labels=ids, skip_logits=skip_logits)
+        assert (outputs.logits is None) == (skip_logits is None)
+        outputs.loss.backward()
+        losses.append(outputs.loss)
+        gradients.append([parameter.grad.clone() for parameter in tiny_model.parameters()])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_there_in_evaluation_and_for_a_loss_of_ones_own(tiny_model):
+    ids = torch.randint(3, 97, (1, 8))
+    assert tiny_model(ids, labels=ids).logits is not None
+    tiny_model.train()
+    tiny_model.loss_function = lambda logits, labels, **kwargs: logits.sum()
+    assert tiny_model(ids, labels=ids).logits is not None
