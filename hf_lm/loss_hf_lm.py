@@ -109,6 +109,7 @@ def _loss_and_gradients(
                     _add_product(grad_hidden[row], dz, matrix[column])
                 if need_weight:
                     _add_product(grad_weight[column], dz.T, counted_rows[row])
+                del z, dz  # else they would still be there beside the next ones
     return total, grad_hidden.mul_(counted) if need_hidden else grad_hidden, grad_weight, grad_bias
 
 
@@ -184,6 +185,7 @@ def _compiled_loss_and_gradients(
                 _add_product(grad_weight, dz.T, inputs[row])
             if need_bias:
                 grad_bias += dz.sum(dim=0, dtype=torch.float32)
+            del z, dz  # else they would still be there beside the next ones
     return total, grad_hidden, grad_weight, grad_bias
 
 
@@ -202,10 +204,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):
-        grads = [
-            None if dtype is None else (grad * grad_total).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        # In place unless they are wanted again: a copy of the matrix's would stand beside all that the step keeps.
+        again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = [grad * grad_total if again else grad.mul_(grad_total) for grad in ctx.saved_tensors]
+        grads = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)]
         return (*grads, *[None] * 5)
 
 

@@ -76,6 +76,18 @@ def test_loss_without_logits_takes_shifted_labels_and_frozen_heads():
     assert head.weight.grad is None and hidden.grad.abs().sum() > 0
 
 
+def test_loss_without_logits_can_be_differentiated_again():
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(12, 50), torch.randn(2, 5, 12, requires_grad=True)
+    loss = linear_cross_entropy(hidden, head, torch.randint(0, 50, (2, 5)))
+    loss.backward(retain_graph=True)
+    once = head.weight.grad.clone()
+    head.weight.grad.zero_()
+    for times in (1, 2, 3):
+        (2 * loss).backward(retain_graph=times < 3)
+        torch.testing.assert_close(head.weight.grad, 2 * times * once)
+
+
 def test_loss_without_logits_under_autocast_is_near_the_plain_one():
     torch.manual_seed(0)
     head = nn.Linear(64, 300, bias=False)
