@@ -17,7 +17,12 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-TESTS = ("tests/test_modeling.py", "tests/test_heads.py", "tests/test_functional.py", "tests/test_loss.py")
+TESTS = (
+    "tests/test_loss.py",
+    "tests/test_functional.py",
+    "tests/test_modeling.py",
+    "tests/test_heads.py",
+)  # quick ones first
 MODEL, FUNCTIONS, LOSS = "modeling_hf_lm.py", "functional_hf_lm.py", "loss_hf_lm.py"
 
 # What is broken: (file, the line as it is, the line in its place). The line must occur exactly once.
