@@ -65,25 +65,29 @@ class _Stopwatch(TrainerCallback):
 
     def __init__(self, seconds: float, compiles: bool = False):
         self.seconds, self.compiles, self.trainer = seconds, compiles, None
-        self.times, self.tokens = [], []  # the clock and the trainer's count at the start and after each step
+        self.marks: list[
+            tuple[float, int]
+        ] = []  # the clock and the trainer's tokens, at the start and after each step
+
+    def _mark(self, device: torch.device) -> None:
+        self.marks.append((_now(device), self.trainer.train_tokens))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.times.append(_now(args.device))
-        self.tokens.append(self.trainer.train_tokens)
+        self._mark(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.compiles:
-            self.compiles, self.times, self.tokens = False, [], []
-        self.on_train_begin(args, state, control)
-        steps, seconds = len(self.times) - 1, self.times[-1] - self.times[0]
+            self.compiles, self.marks = False, []
+        self._mark(args.device)
+        steps, seconds = len(self.marks) - 1, self.marks[-1][0] - self.marks[0][0]
         enough = steps >= 2 * WARM_UP + SHARE * state.max_steps
         late = seconds > self.seconds and (steps >= 3 or seconds > 10 * self.seconds)  # the first two are slower
         control.should_training_stop |= enough or late
 
     def seconds_per_token(self) -> float:
         """Without the first few steps. (An epoch's last step may be shorter: steps are not alike, tokens are.)"""
-        first = min(WARM_UP, len(self.times) - 2)
-        return (self.times[-1] - self.times[first]) / (self.tokens[-1] - self.tokens[first])
+        (start, before), (end, after) = self.marks[min(WARM_UP, len(self.marks) - 2)], self.marks[-1]
+        return (end - start) / (after - before)
 
 
 def _keeps_graph(trainer) -> bool:
@@ -192,7 +196,7 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
         if looks:  # by turns with training, as in the run: what one frees the other cannot always use
             for batches in (1, 2):
                 costs["evaluation"] = _evaluation_seconds(twin, batches)
-                watch.times, watch.tokens, watch.seconds = [], [], 0.0
+                watch.marks, watch.seconds = [], 0.0
                 twin.train()
             costs["samples"], growth = _sample_seconds(twin), HEAP_GROWTH
     if _keeps_graph(trainer):
