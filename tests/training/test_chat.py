@@ -69,9 +69,9 @@ def test_only_the_assistants_words_and_their_end_are_learned(chat):
 
 
 def test_batches_of_a_compiled_run_have_one_shape_and_what_is_held_out_gets_no_rows(chat):
-    trainer = trainer_of(chat(torch_compile_backend="aot_eager", per_device_train_batch_size=3, block_size=200))
-    assert len(trainer.train_dataset) % 3
-    assert {batch["input_ids"].shape for batch in trainer.get_train_dataloader()} == {(3, 200)}
+    trainer = trainer_of(chat(torch_compile_backend="aot_eager", per_device_train_batch_size=2, block_size=200))
+    assert len(trainer.train_dataset) % 2  # the last batch is smaller
+    assert {batch["input_ids"].shape for batch in trainer.get_train_dataloader()} == {(2, 200)}
     held_out = sum(len(batch["input_ids"]) for batch in trainer.get_eval_dataloader())
     assert held_out == len(trainer.eval_dataset)
 
