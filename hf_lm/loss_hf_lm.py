@@ -8,7 +8,10 @@ time, with its gradient while it is at hand.
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
+
+logger = logging.get_logger(__name__)
 
 # Logits held at once: on a CPU in 16 bits and in 32, and on an accelerator. A CPU's unit for 16-bit products is so fast that a
 # slice should stay in the cache; where products take nearly all of the time, larger ones are faster.
@@ -67,10 +70,7 @@ def _loss_and_gradients(
     grad_hidden, grad_weight, grad_bias = (grad.zero_() for grad in grads)
 
     def scores(row: slice, column: slice) -> torch.Tensor:
-        z = rows_16[row] @ matrix[column].T
-        if device == "cuda" and bias is None and scale == 1.0 and cap is None:
-            return z  # its softmax reads 16 bits and writes 32
-        z = z.float()
+        z = (rows_16[row] @ matrix[column].T).float()
         if bias is not None:
             z += bias[column]
         if scale != 1.0:
@@ -189,14 +189,32 @@ def _compiled_loss_and_gradients(
     return total, grad_hidden, grad_weight, grad_bias
 
 
+COMPILED_ON = ("cuda",)  # also where the model is not
+_compiler_fails = False  # here: no Triton, or no C compiler for it
+
+
+def _fastest_loss_and_gradients(hidden: torch.Tensor, *arguments) -> tuple[torch.Tensor, ...]:
+    """`_loss_and_gradients`, as it is fastest on the device."""
+    global _compiler_fails
+    if torch.compiler.is_compiling():
+        return _loss_operator(hidden, *arguments)
+    if hidden.device.type in COMPILED_ON and not _compiler_fails:
+        try:
+            return _compiled_loss_and_gradients(hidden, *arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _compiler_fails = True
+            reason = str(error).partition("\n")[0]
+            logger.warning(f"The loss takes longer and more memory, for here it cannot be compiled. {reason}")
+    return _loss_and_gradients(hidden, *arguments)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """`_loss_and_gradients`, which has done the work of the backward already."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, *arguments):
         needed = ctx.needs_input_grad[:3]
-        compute = _loss_operator if torch.compiler.is_compiling() else _loss_and_gradients
-        total, *grads = compute(hidden, weight, bias, *arguments, *needed)
+        total, *grads = _fastest_loss_and_gradients(hidden, weight, bias, *arguments, *needed)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [x.dtype if need else None for x, need in zip((hidden, weight, bias), needed, strict=True)]
         return total

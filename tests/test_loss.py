@@ -50,6 +50,23 @@ def test_loss_as_an_accelerator_computes_it_is_the_same(monkeypatch, softcap, sc
     torch.testing.assert_close(actual, expected)
 
 
+def test_loss_is_the_plain_one_where_the_compiler_does_not_work(monkeypatch, caplog):
+    monkeypatch.setattr(loss_hf_lm, "COMPILED_ON", ("cpu",))
+    monkeypatch.setattr(loss_hf_lm, "_compiler_fails", False)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(12, 50), torch.randn(2, 9, 12), torch.randint(0, 50, (2, 9))
+    broken = {"cpp.cxx": (None, "/nowhere/c++"), "fx_graph_cache": False}
+    with torch._inductor.config.patch(broken):
+        losses = [loss_hf_lm.linear_cross_entropy(hidden, head, labels) for _ in range(2)]
+    expected = nn.functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(losses, [expected, expected])
+    said = [record.message for record in caplog.records if "cannot be compiled" in record.message]
+    assert len(said) == 1
+    assert "/nowhere/c++" in said[0]
+    assert "\n" not in said[0]
+
+
 def test_slices_are_of_whole_tiles():
     for device, vocabulary, dtype in [("cuda", 50304, torch.bfloat16), ("cpu", 3000, torch.float32)]:
         rows, _ = loss_hf_lm.slice_shape(device, vocabulary, dtype)
