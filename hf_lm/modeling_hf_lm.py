@@ -14,7 +14,6 @@ from copy import copy
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -204,14 +203,7 @@ class HfLmSquaredReLU(nn.Module):
 
 
 class HfLmMLP(nn.Module):
-    """
-    `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))` (arXiv:2002.05202).
-
-    Attributes:
-        recompute (`bool`): in training, compute what is between the projections twice instead of keeping it.
-    """
-
-    recompute = False
+    """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))` (arXiv:2002.05202)."""
 
     def __init__(self, config: HfLmConfig):
         super().__init__()
@@ -224,14 +216,9 @@ class HfLmMLP(nn.Module):
         self.act_fn = HfLmSquaredReLU() if config.hidden_act == "relu2" else ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
-        up = self.up_proj(hidden_states)
-        if self.recompute and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return checkpoint(self._down, up, gate, use_reentrant=False)
-        return self._down(up, gate)
-
-    def _down(self, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 # Which norm (by its name in published checkpoints) stands before attention, after it, before the MLP, after it.

@@ -410,27 +410,6 @@ def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mlp_type", ["plain", "gated"])
-def test_an_mlp_that_computes_twice_changes_no_gradient_and_keeps_less(mlp_type):
-    ids, results = draw_ids(2, 30), []
-    for recompute in (False, True):
-        model, kept = build(mlp_type=mlp_type).train(), {}
-        for layer in model.model.layers:
-            layer.mlp.recompute = recompute
-
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        results.append((size, loss, *(parameter.grad for parameter in model.parameters())))
-    assert results[1][0] < results[0][0]
-    assert all(torch.equal(once, twice) for once, twice in zip(results[0][1:], results[1][1:], strict=True))
-
-
 @pytest.mark.parametrize("name", TESTED_CONFIGS)
 def test_saved_model_loads_with_the_same_logits_and_ties(name, tmp_path):
     model = build(name)

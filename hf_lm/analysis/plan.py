@@ -9,11 +9,14 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from datasets import IterableDataset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +25,7 @@ from ..hub.card import WATTS, assumed_watts
 from ..loss_hf_lm import slice_shape
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
-from ..training.hardware import fit_to_cpu
+from ..training.hardware import fit_to_cpu, is_dear
 from ..training.tasks import task_class
 from .explain import decoder_layers
 from .forecast import forecast
@@ -97,41 +100,67 @@ def model_flops_utilization(
     return peak and tokens_per_second * sum(flops_by_part(model, context).values()) / (peak * devices)
 
 
+class KeptOutputs(TorchDispatchMode):
+    """Hands `keep` what layers that compute cheap things twice keep, and autocast's copies of parameters."""
+
+    def __init__(self, config, keep: Callable, is_parameter: Callable):
+        super().__init__()
+        self.config, self.keep, self.is_parameter, self.enabled = config, keep, is_parameter, False
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        output = operator(*args, **(kwargs or {}))
+        is_copy = operator is torch.ops.aten._to_copy.default and self.is_parameter(args[0])
+        if self.enabled and (is_copy or is_dear(self.config, None, operator, *args)):
+            tree_map_only(torch.Tensor, self.keep, output)
+        return output
+
+
 def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool, checkpointing: bool = False) -> float:
     """
     What a forward keeps for the backward, measured on a model of fake tensors: each saved storage once, without the
     parameters, but with the copies that autocast makes of them.
 
-    With checkpointing it is each layer's input, and all of one layer while that is computed again.
+    With checkpointing it is each layer's input, and all of one layer while that is computed again; of layers that
+    `fit_to_cpu` made compute cheap things twice, their inputs and what is dear.
     """
     layers = decoder_layers(model)
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    twice = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]  # compute cheap things so
+    for layer in twice:
+        layer.gradient_checkpointing = not checkpointing
+    is_selective = bool(twice) and not checkpointing
     options = {"skip_logits": True} if model.config.model_type == "hf_lm" and model.can_generate() else {}
 
     def measure(rows: int) -> tuple[int, int, int]:
         kept, inputs, inside = {}, [], []
 
+        def is_parameter(tensor: torch.Tensor) -> bool:
+            return tensor.untyped_storage()._cdata in parameters
+
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage()._cdata not in parameters:
+            if not is_parameter(tensor):
                 kept[tensor.untyped_storage()._cdata] = tensor  # held: no other takes its place
             return tensor
 
         def total() -> int:
             return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
-        def hold(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-            keep(output)  # what is computed again from it does not save it, but keeps it as an argument
-
         def enter(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-            inputs.append((arguments[0] if arguments else keywords["hidden_states"]).nbytes)
+            states = arguments[0] if arguments else keywords["hidden_states"]
+            inputs.append(states.nbytes)
             inside.append(-total())
+            outputs.enabled = is_selective
+            if is_selective:
+                keep(states)
 
+        def leave(*_) -> None:
+            outputs.enabled = False
+            inside.append(total())
+
+        outputs = KeptOutputs(model.config.get_text_config(), keep, is_parameter)
         hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
-        hooks += [layer.register_forward_hook(lambda *_: inside.append(total())) for layer in layers]
-        for mlp in (module for module in layers.modules() if getattr(module, "recompute", False)):
-            projections = filter(None, (mlp.gate_proj, mlp.up_proj))
-            hooks += [projection.register_forward_hook(hold) for projection in projections]
-        with next(model.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hooks += [layer.register_forward_hook(leave) for layer in layers]
+        with outputs, next(model.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             ids = torch.zeros(rows, length, dtype=torch.long)
             labels = ids if model.can_generate() else ids[:, 0]
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
@@ -142,6 +171,8 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
 
     # From two and three rows: of one row alone, some views need no copy.
     two, three = measure(2), measure(3)
+    for layer in twice:
+        layer.gradient_checkpointing = True
     inside, inputs, every = (few + (batch_size - 2) * (more - few) for few, more in zip(two, three, strict=True))
     if not checkpointing:
         return float(every)
@@ -312,7 +343,8 @@ def plan(
     model = sketch(task, tokenizer)
     if device == "cpu":
         attention = model_arguments.attn_implementation is None
-        fit_to_cpu(model, arguments.per_device_train_batch_size, length, arguments.bf16, attention)
+        recompute = not (arguments.gradient_checkpointing or arguments.torch_compile)
+        fit_to_cpu(model, arguments.per_device_train_batch_size, length, arguments.bf16, attention, recompute)
     parts, tokens = parameters_by_part(model), steps * step_tokens
     flops = flops_by_part(model, length, step_tokens if arguments.muon_learning_rate is not None else None)
     per_token = sum(flops.values())

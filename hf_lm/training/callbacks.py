@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -119,6 +120,13 @@ def outlive_first_signal(seed_worker, worker_id: int) -> None:
         signal.signal(number, once)
     if seed_worker is not None:
         seed_worker(worker_id)
+
+
+def end_workers(loader: weakref.ref) -> None:
+    """Persistent workers, at the end of Python: `multiprocessing` sends one signal, which they outlive, and waits."""
+    iterator = getattr(loader(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 class InterruptCallback(TrainerCallback):

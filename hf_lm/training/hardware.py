@@ -3,16 +3,18 @@
 import ctypes
 import gc
 import sys
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from ..configuration_hf_lm import HfLmConfig
 from ..functional_hf_lm import HAS_VARLEN
 from ..modeling_hf_lm import HfLmMLP
 
-# Bytes that a forward keeps for the backward. Of the MLPs: computing it again took no time that could be measured (17M and
-# 135M parameters, float32). Of attention's probabilities: 17M and 512 tokens stay below (recipes/LOG.md).
+# Bytes that a forward keeps for the backward. Of the MLPs: beyond, layers keep what is dear to compute alone (recipes/LOG.md).
+# Of attention's probabilities: 17M parameters and 512 tokens stay below.
 KEPT_BY_MLPS, KEPT_BY_ATTENTION = 1e8, 2.5e8
 
 
@@ -30,6 +32,18 @@ def has_fast_bfloat16(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+def is_dear(config: HfLmConfig, _, operator, *arguments, **keywords) -> bool:
+    """
+    Whether a layer that computes cheap things twice keeps an operator's output: a product's or attention's, unless it is
+    the layer's last, which nothing in the layer reads.
+    """
+    aten = torch.ops.aten
+    if operator not in (aten.mm.default, aten.addmm.default):
+        return operator in (aten.bmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default)
+    is_read = config.norm_position != "pre" or config.residual_dropout > 0
+    return is_read or arguments[-1].shape[0] != config.intermediate_size
+
+
 def fit_to_cpu(
     model: PreTrainedModel,
     batch_size: int,
@@ -44,13 +58,14 @@ def fit_to_cpu(
     - Short attention in bfloat16 is written out: the backward of PyTorch's fused kernel takes 5.2 ms a layer, this 1.7 ms
       (128 tokens, batch 8, 4 heads of 32, two cores). Not in float32, where it is no faster and takes more memory, nor
       where its probabilities would take more than `KEPT_BY_ATTENTION`.
-    - What is between the projections of the MLPs is computed twice where keeping it would take more than `KEPT_BY_MLPS`.
+    - Where the projections of the MLPs take more than `KEPT_BY_MLPS`, layers keep for the backward only what `is_dear`
+      says and compute the rest (norms, rotations, activations) twice.
 
     Args:
         batch_size, length: rows of a batch, and their tokens.
         bfloat16: whether products are computed in it.
         attention: choose its implementation; where not, it stays as it is.
-        recompute: what MLPs keep is computed twice where it is much; False: nowhere.
+        recompute: compute twice what is cheap, where it takes much; False: nowhere.
     """
     config, itemsize = model.config.get_text_config(), 2 if bfloat16 else 4
     probabilities = batch_size * length**2 * config.num_attention_heads * config.num_hidden_layers * itemsize
@@ -58,8 +73,10 @@ def fit_to_cpu(
         model.set_attn_implementation("eager")
     layers = [module for module in model.modules() if isinstance(module, HfLmMLP)]
     widths = [layer.up_proj.out_features * (1 if layer.gate_proj is None else 2) for layer in layers]
-    for layer in layers:
-        layer.recompute = recompute and batch_size * length * sum(widths) * itemsize > KEPT_BY_MLPS
+    if recompute and batch_size * length * sum(widths) * itemsize > KEPT_BY_MLPS:
+        contexts = partial(create_selective_checkpoint_contexts, partial(is_dear, config))
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def attend_by_length(model: PreTrainedModel, half: bool) -> None:

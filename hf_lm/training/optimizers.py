@@ -11,6 +11,25 @@ from .hardware import has_fast_bfloat16
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
+# What each keeps of a parameter beside the number of steps, which AdamW expects in every state that it loads.
+MUON_STATE, ADAMW_STATE = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
+
+
+def first_state(parameter: torch.Tensor, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The state of a parameter before the first step: zeros."""
+    return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(parameter) for name in names}
+
+
+def lay_out_states(optimizer: torch.optim.AdamW) -> None:
+    """
+    Take the memory of all states before the first step does, on a CPU. There they would come to lie between the first
+    gradients, which freed would leave holes too small for activations: 240 of 4,300 MB (135M parameters, float32).
+    """
+    for group in optimizer.param_groups:
+        for parameter in [] if group["amsgrad"] else group["params"]:  # that has a third
+            optimizer.state[parameter] |= first_state(parameter, MUON_STATE if group.get("muon") else ADAMW_STATE)
+
+
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
     The nearest (semi-)orthogonal matrices, roughly: all singular values are brought near 1 by Newton-Schulz steps.
@@ -88,8 +107,7 @@ class MuonAdamW(torch.optim.AdamW):
             for parameter in parameters:
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)  # AdamW expects one in every state that it loads
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                    state |= first_state(parameter, MUON_STATE)
                 state["step"] += 1
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])

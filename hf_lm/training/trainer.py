@@ -1,10 +1,12 @@
 """`Trainer` with what language modelling needs: exact held-out numbers, Muon, a stop at the first NaN."""
 
+import atexit
 import os
 import re
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -30,7 +32,7 @@ from ..data.streams import EndlessStream
 from ..errors import InputError
 from ..evaluation.text import TextScore, token_log_probabilities
 from .arguments import HfLmTrainingArguments
-from .callbacks import outlive_first_signal
+from .callbacks import end_workers, outlive_first_signal
 from .checkpoints import (
     ASIDE,
     MANIFEST,
@@ -44,7 +46,7 @@ from .checkpoints import (
     without_crc32,
 )
 from .divergence import TrainingDiverged, Watch, norm_of, sampler_of
-from .optimizers import MuonAdamW
+from .optimizers import MuonAdamW, lay_out_states
 
 logger = logging.get_logger(__name__)
 STOPPER_COUNT = "early_stopping_patience_counter"  # of upstream's callback, as checkpoints hold it
@@ -189,6 +191,8 @@ class HfLmTrainer(Trainer):
                 self.args.dataloader_drop_last, self.data_collator = drops, collator
         inner = getattr(loader, "base_dataloader", loader)  # of accelerate's, which only passes on
         inner.worker_init_fn = partial(outlive_first_signal, inner.worker_init_fn)
+        if inner.persistent_workers:
+            atexit.register(end_workers, weakref.ref(inner))
         return loader
 
     def _get_stream_loader(self, dataset: IterableDataset, *args, **kwargs) -> DataLoader:
@@ -252,10 +256,15 @@ class HfLmTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        model = self.model if model is None else model
-        rate = getattr(self.args, "muon_learning_rate", None)
-        if self.optimizer is not None or rate is None:
-            return super().create_optimizer(model)
+        is_new = self.optimizer is None
+        if is_new and getattr(self.args, "muon_learning_rate", None) is not None:
+            self._create_muon(self.model if model is None else model)
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.device.type == "cpu" and isinstance(optimizer, torch.optim.AdamW):
+            lay_out_states(optimizer)
+        return optimizer
+
+    def _create_muon(self, model: nn.Module) -> None:
         if self.is_deepspeed_enabled:
             raise InputError("muon_learning_rate: needs whole matrices, which DeepSpeed flattens; FSDP keeps them.")
         decayed = set(self.get_decay_parameter_names(model))
@@ -271,7 +280,7 @@ class HfLmTrainer(Trainer):
                 {
                     "params": groups["muon"],
                     "muon": True,
-                    "lr": rate,
+                    "lr": self.args.muon_learning_rate,
                     "momentum": self.args.muon_momentum,
                     "weight_decay": weight_decay,
                 },
@@ -280,7 +289,6 @@ class HfLmTrainer(Trainer):
             ],
             **options,
         )
-        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.args.lr_scheduler_type == "warmup_stable_decay" and not self.args.lr_scheduler_kwargs:

@@ -7,7 +7,8 @@ Tokens a second and peak memory of a training step, against the library's LlamaF
 The model is a Llama in both cases (the hf_lm side: `hf_lm` with that architecture), random weights in float32, bfloat16
 autocast as the Trainer does it with `bf16: true` (`--dtype float32` without), fused AdamW, one batch of random tokens,
 forward, backward, step. Upstream runs as it comes; hf_lm as `hf-lm train` sets it up (`hf_lm.training.hardware`:
-attention written out for short contexts in bfloat16, freed memory kept, what is large and cheap computed twice).
+attention written out for short contexts in bfloat16, freed memory kept, what is large and cheap computed twice, the
+optimizer's states there from the beginning).
 
 Every measurement is a process of its own, in the order A B A B ...; the peak is that of the private memory above what
 the process had before the model. Ratios are taken round by round; their median is printed. CPU seconds are given beside
@@ -33,7 +34,7 @@ from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.analysis.plan import layer_matrices, model_flops_utilization
 from hf_lm.data.collator import PackedCollator
 from hf_lm.training.hardware import attend_by_length, fit_to_cpu, keep_freed_memory
-from hf_lm.training.optimizers import MuonAdamW
+from hf_lm.training.optimizers import MuonAdamW, lay_out_states
 
 GOAL = {"eager": 1.4, "compiled": 1.15, "memory at 49k": 0.6}
 SHAPES = {  # hidden, MLP, layers, heads, key/value heads
@@ -45,7 +46,9 @@ VOCABULARIES = {"8k": 8192, "49k": 49152, "50k": 50304}
 CASES = ("17M-8k-512", "17M-8k-2048", "17M-49k-512", "17M-49k-2048", "135M-49k-512")
 
 
-def build(kind: str, case: str, tokens: int = 2048, dtype: str = "bfloat16", device: str = "cpu"):
+def build(
+    kind: str, case: str, tokens: int = 2048, dtype: str = "bfloat16", device: str = "cpu", compiles: bool = False
+):
     """The model of one case, and its vocabulary and context."""
     size, vocabulary, context = case.split("-")
     hidden, mlp, layers, heads, kv_heads = SHAPES[size]
@@ -69,7 +72,8 @@ def build(kind: str, case: str, tokens: int = 2048, dtype: str = "bfloat16", dev
         model = HfLmForCausalLM(HfLmConfig(**shape | choices))
         if device == "cpu":
             keep_freed_memory()
-            fit_to_cpu(model, max(1, tokens // int(context)), int(context), dtype == "bfloat16")
+            mixed = dtype == "bfloat16"
+            fit_to_cpu(model, max(1, tokens // int(context)), int(context), mixed, recompute=not compiles)
         else:
             attend_by_length(model, dtype == "bfloat16")
     return model.train().to(device), VOCABULARIES[vocabulary], int(context)
@@ -97,7 +101,8 @@ def measure(kind: str, case: str, arguments: argparse.Namespace) -> dict[str, fl
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     with PeakMemory(psutil.Process()) as memory:
-        model, vocabulary, context = build(kind, case, arguments.tokens, arguments.dtype, arguments.device)
+        setting = arguments.tokens, arguments.dtype, arguments.device, arguments.compile
+        model, vocabulary, context = build(kind, case, *setting)
         parameters = sum(p.numel() for p in model.parameters())
         if arguments.muon and kind == "hf_lm":
             matrices = {id(parameter): parameter for parameter in layer_matrices(model)}
@@ -106,6 +111,8 @@ def measure(kind: str, case: str, arguments: argparse.Namespace) -> dict[str, fl
             optimizer = MuonAdamW(groups, lr=1e-4, fused=True)
         else:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if kind == "hf_lm" and device.type == "cpu":
+            lay_out_states(optimizer)
         forward = torch.compile(model) if arguments.compile else model
         rows = max(1, arguments.tokens // context)
         batch = draw_batch(vocabulary, rows, context, arguments.packed, arguments.device)

@@ -110,16 +110,25 @@ def test_activations_are_what_a_real_step_keeps(bf16):
     assert activation_bytes(sketch, 5, 32, bf16, checkpointing=True) < 0.75 * planned
 
 
-@pytest.mark.parametrize(("mlp_type", "hidden_act", "fewer"), [("plain", "relu2", 1), ("gated", "silu", 2)])
-def test_activations_that_a_cpu_computes_again_are_not_kept(mlp_type, hidden_act, fewer, monkeypatch):
-    with FakeTensorMode():
-        model, sizes = tiny(mlp_type=mlp_type, hidden_act=hidden_act), []
-    for limit in (math.inf, 0):
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("mlp_type", "count"), [("plain", 1), ("gated", 2)])
+def test_activations_that_a_cpu_computes_again_are_not_kept(mlp_type, count, bf16, monkeypatch):
+    sizes = {}
+    for limit, depth in ((math.inf, 2), (0, 2), (0, 3)):
         monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
-        hardware.fit_to_cpu(model, 2, 32, bfloat16=False)
-        sizes.append(activation_bytes(model, 2, 32, bf16=False))
-    tensor = 4 * 2 * 32 * model.config.intermediate_size
-    assert sizes[0] - sizes[1] == model.config.num_hidden_layers * fewer * tensor
+        with FakeTensorMode():
+            model = tiny(mlp_type=mlp_type, num_hidden_layers=depth, num_key_value_heads=2, attn_implementation="sdpa")
+        hardware.fit_to_cpu(model, 3, 32, bf16, attention=False)
+        sizes[limit, depth] = [activation_bytes(model, 3, 32, bf16, checkpointing=every) for every in (False, True)]
+    config, layer = model.config, model.model.layers[-1]
+    kv = config.num_key_value_heads * config.head_dim
+    # queries, what attention found and its projection; keys and values; the MLP
+    products = 3 * config.hidden_size + 2 * kv + count * config.intermediate_size
+    numbers = products * (2 if bf16 else 4) + 4 * config.hidden_size + 4 * config.num_attention_heads  # logsumexp
+    matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
+    assert sizes[0, 3][0] - sizes[0, 2][0] == 3 * 32 * numbers + bf16 * 2 * matrices
+    assert sizes[0, 2][0] < 0.8 * sizes[math.inf, 2][0]
+    assert sizes[0, 2][1] == sizes[math.inf, 2][1]
 
 
 def test_devices_share_what_their_strategy_divides():

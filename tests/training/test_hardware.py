@@ -1,8 +1,11 @@
 """What the machine is good at decides how a model is trained, not what comes out."""
 
+import math
 from copy import copy
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lm import HfLmForCausalLM
 from hf_lm.functional_hf_lm import HAS_VARLEN
@@ -17,7 +20,37 @@ def test_only_models_whose_mlps_keep_much_compute_it_twice(tiny_config, monkeypa
     for limit, expected in ((size, False), (size - 1, True)):
         monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
         hardware.fit_to_cpu(model, 2, 32, bfloat16=False)
-        assert [layer.mlp.recompute for layer in model.model.layers] == [expected, expected]
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [expected, expected]
+
+
+CHANGES = [
+    {},
+    {"norm_position": "sandwich", "qk_norm": "head", "attention_bias": True, "mlp_bias": True},
+    {"residual_dropout": 0.2, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    {"parallel_residual": "shared", "attn_implementation": "eager"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_layers_that_compute_cheap_things_twice_change_no_bit_and_keep_less(tiny_config, monkeypatch, changes, mixed):
+    for name, value in changes.items():
+        setattr(tiny_config, name, value)
+    ids, outcomes, products = torch.randint(0, tiny_config.vocab_size, (2, 40)), [], []
+    for limit in (math.inf, 0):
+        monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
+        torch.manual_seed(0)
+        model = HfLmForCausalLM(copy(tiny_config)).train()
+        hardware.fit_to_cpu(model, 2, 40, mixed, attention=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        products.append(counter.get_total_flops())
+        outcomes.append((loss, *(parameter.grad for parameter in model.parameters())))
+    assert all(torch.equal(once, twice) for once, twice in zip(*outcomes, strict=True))
+    is_read = changes.keys() & {"norm_position", "residual_dropout"}
+    assert products[0] == products[1] or is_read  # no product is computed again
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hf_lm import HfLmForCausalLM
 from hf_lm.training.arguments import HfLmTrainingArguments
 from hf_lm.training.optimizers import MuonAdamW, orthogonalize
 from hf_lm.training.trainer import HfLmTrainer
@@ -87,3 +88,24 @@ def test_the_trainer_hands_rate_and_momentum_to_the_layers_matrices(tiny_model, 
     assert (muon["muon"], muon["lr"], muon["momentum"]) == (True, 0.02, 0.7)
     assert {id(p) for p in muon["params"]} == {id(p) for p in tiny_model.model.layers.parameters() if p.ndim == 2}
     assert [group["lr"] for group in others] == [0.003, 0.003]
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_states_that_are_there_from_the_beginning_change_nothing(tiny_config, tmp_path, muon):
+    ids, outcomes = torch.randint(0, tiny_config.vocab_size, (2, 12)), []
+    for early in (True, False):
+        torch.manual_seed(0)
+        arguments = HfLmTrainingArguments(
+            output_dir=str(tmp_path), learning_rate=0.003, muon_learning_rate=muon, report_to="none"
+        )
+        model = HfLmForCausalLM(tiny_config)
+        optimizer = HfLmTrainer(model, arguments).create_optimizer()
+        assert optimizer.state.keys() == set(model.parameters())  # before the first gradients
+        if not early:
+            optimizer.state.clear()
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        outcomes.append((optimizer.state_dict()["state"], model.state_dict()))
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)

@@ -164,7 +164,7 @@ class Task(ABC):
                 self.data_arguments.block_size,
                 arguments.bf16,
                 attention=self.model_arguments.attn_implementation is None,
-                recompute=not arguments.gradient_checkpointing,
+                recompute=not (arguments.gradient_checkpointing or arguments.torch_compile),
             )
         elif self.model_arguments.attn_implementation is None:
             attend_by_length(model, arguments.bf16 or arguments.fp16)
