@@ -13,9 +13,12 @@ from ..configuration_hf_lm import HfLmConfig
 from ..functional_hf_lm import HAS_VARLEN
 from ..modeling_hf_lm import HfLmMLP
 
-# Bytes that a forward keeps for the backward. Of the MLPs: beyond, layers keep what is dear to compute alone (recipes/LOG.md).
-# Of attention's probabilities: 17M parameters and 512 tokens stay below.
+# Bytes that a forward keeps for the backward. Of the MLPs: beyond, layers may compute what is cheap twice. Of attention's
+# probabilities: 17M parameters and 512 tokens stay below (recipes/LOG.md).
 KEPT_BY_MLPS, KEPT_BY_ATTENTION = 1e8, 2.5e8
+# What is cheap grows with width times layers, a step with parameters: by their ratio a step takes 2% longer at 0.9e-4 (17M
+# parameters, vocabulary 49k), 6% at 1.3e-4 (135M, 49k), 10% at 1.8e-4 (17M, 8k; float32).
+CHEAP_PER_PARAMETER = 1.5e-4
 
 
 def device_type() -> str:
@@ -58,8 +61,9 @@ def fit_to_cpu(
     - Short attention in bfloat16 is written out: the backward of PyTorch's fused kernel takes 5.2 ms a layer, this 1.7 ms
       (128 tokens, batch 8, 4 heads of 32, two cores). Not in float32, where it is no faster and takes more memory, nor
       where its probabilities would take more than `KEPT_BY_ATTENTION`.
-    - Where the projections of the MLPs take more than `KEPT_BY_MLPS`, layers keep for the backward only what `is_dear`
-      says and compute the rest (norms, rotations, activations) twice.
+    - Where the projections of the MLPs take more than `KEPT_BY_MLPS`, and the rest of a layer is not more than
+      `CHEAP_PER_PARAMETER` says, layers keep for the backward only what `is_dear` says and compute that rest (norms,
+      rotations, activations) twice.
 
     Args:
         batch_size, length: rows of a batch, and their tokens.
@@ -73,7 +77,8 @@ def fit_to_cpu(
         model.set_attn_implementation("eager")
     layers = [module for module in model.modules() if isinstance(module, HfLmMLP)]
     widths = [layer.up_proj.out_features * (1 if layer.gate_proj is None else 2) for layer in layers]
-    if recompute and batch_size * length * sum(widths) * itemsize > KEPT_BY_MLPS:
+    is_cheap = config.hidden_size * config.num_hidden_layers <= CHEAP_PER_PARAMETER * model.num_parameters()
+    if recompute and is_cheap and batch_size * length * sum(widths) * itemsize > KEPT_BY_MLPS:
         contexts = partial(create_selective_checkpoint_contexts, partial(is_dear, config))
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False, "context_fn": contexts})

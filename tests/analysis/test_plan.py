@@ -116,6 +116,7 @@ def test_activations_that_a_cpu_computes_again_are_not_kept(mlp_type, count, bf1
     sizes = {}
     for limit, depth in ((math.inf, 2), (0, 2), (0, 3)):
         monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
+        monkeypatch.setattr(hardware, "CHEAP_PER_PARAMETER", 1.0)
         with FakeTensorMode():
             model = tiny(mlp_type=mlp_type, num_hidden_layers=depth, num_key_value_heads=2, attn_implementation="sdpa")
         hardware.fit_to_cpu(model, 3, 32, bf16, attention=False)

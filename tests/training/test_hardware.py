@@ -19,8 +19,19 @@ def test_only_models_whose_mlps_keep_much_compute_it_twice(tiny_config, monkeypa
     size = kept * 64 * tiny_config.intermediate_size * tiny_config.num_hidden_layers * 4
     for limit, expected in ((size, False), (size - 1, True)):
         monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
+        monkeypatch.setattr(hardware, "CHEAP_PER_PARAMETER", 1.0)
         hardware.fit_to_cpu(model, 2, 32, bfloat16=False)
         assert [layer.gradient_checkpointing for layer in model.model.layers] == [expected, expected]
+
+
+def test_nothing_is_computed_twice_where_that_is_a_large_part_of_the_step(tiny_config, monkeypatch):
+    monkeypatch.setattr(hardware, "KEPT_BY_MLPS", 0)
+    model = HfLmForCausalLM(tiny_config)
+    ratio = tiny_config.hidden_size * tiny_config.num_hidden_layers / model.num_parameters()
+    for limit, expected in ((0.99 * ratio, False), (1.01 * ratio, True)):
+        monkeypatch.setattr(hardware, "CHEAP_PER_PARAMETER", limit)
+        hardware.fit_to_cpu(model, 2, 32, bfloat16=False)
+        assert all(layer.gradient_checkpointing == expected for layer in model.model.layers)
 
 
 CHANGES = [
@@ -39,6 +50,7 @@ def test_layers_that_compute_cheap_things_twice_change_no_bit_and_keep_less(tiny
     ids, outcomes, products = torch.randint(0, tiny_config.vocab_size, (2, 40)), [], []
     for limit in (math.inf, 0):
         monkeypatch.setattr(hardware, "KEPT_BY_MLPS", limit)
+        monkeypatch.setattr(hardware, "CHEAP_PER_PARAMETER", 1.0)
         torch.manual_seed(0)
         model = HfLmForCausalLM(copy(tiny_config)).train()
         hardware.fit_to_cpu(model, 2, 40, mixed, attention=False)
