@@ -106,6 +106,14 @@ def test_a_signal_to_all_processes_of_a_run_does_not_take_its_loader_away(recipe
     assert f"Saved {last}" in errors and damage(last) is None
 
 
+@pytest.mark.slow
+def test_a_run_whose_loader_workers_stay_ends(recipe):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    process = start("-m", "hf_lm", "train", recipe(max_steps=2, report_to="none", **workers))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+
+
 SLOW_SEAL = """
 import os, sys, time
 from hf_lm.cli import main
