@@ -86,15 +86,19 @@ def _loss_and_gradients(
         for column in columns:
             for row, log_total in zip(rows, known, strict=True):
                 z = scores(row, column)
-                if log_total is None:  # the library's softmax passes over the numbers once, and its largest is 1 / sum
-                    dz = z.softmax(dim=-1, dtype=torch.float32)
-                    log_total = z.amax(dim=-1, keepdim=True) - dz.amax(dim=-1, keepdim=True).log()
-                else:
-                    dz = (z - log_total).exp_()
                 place = targets[row] - column.start
                 outside = (place < 0) | (place >= z.shape[1])
                 place = place.masked_fill(outside, 0)
-                total += (log_total - z.gather(1, place)).masked_fill_(outside, 0.0).sum()
+                at_label = z.gather(1, place)
+                # On a CPU the softmax may take the place of the scores; of capped ones the slope is still to come.
+                room = z if cap is None and device == "cpu" else torch.empty_like(z)
+                if log_total is None:  # the library's softmax passes over the numbers once, and its largest is 1 / sum
+                    largest = z.amax(dim=-1, keepdim=True)
+                    dz = torch.softmax(z, dim=-1, out=room)
+                    log_total = largest - dz.amax(dim=-1, keepdim=True).log()
+                else:
+                    dz = torch.sub(z, log_total, out=room).exp_()
+                total += (log_total - at_label).masked_fill_(outside, 0.0).sum()
                 if not (need_hidden or need_weight or need_bias):
                     continue
                 dz.scatter_add_(1, place, outside.to(dz.dtype).sub_(1.0))

@@ -186,9 +186,13 @@ def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkp
     learned = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     batch_size, muon = arguments.per_device_train_batch_size, arguments.muon_learning_rate is not None
     rows, width = batch_size * length, model.config.get_text_config().vocab_size if model.can_generate() else 1
-    if model.config.model_type == "hf_lm":  # a slice in float32, its slopes, its gradients in bfloat16
+    if model.config.model_type == "hf_lm":
         height, width = slice_shape(device, width, torch.bfloat16 if arguments.bf16 else torch.float32)
-        rows = 2.5 * min(rows, height)
+        if device == "cpu":  # a slice in float32, for a soft cap's slopes another, its gradients in 16 bits
+            copies = 1 + (model.config.final_logit_softcapping is not None) + 0.5 * arguments.bf16
+        else:
+            copies = 2 - arguments.bf16  # the slice and its gradients
+        rows = copies * min(rows, height)
     matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
     return {
         "weights": weights,
