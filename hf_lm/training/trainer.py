@@ -260,7 +260,12 @@ class HfLmTrainer(Trainer):
         if is_new and getattr(self.args, "muon_learning_rate", None) is not None:
             self._create_muon(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.device.type == "cpu" and isinstance(optimizer, torch.optim.AdamW):
+        if (
+            is_new
+            and self.args.device.type == "cpu"
+            and not self.is_sharded
+            and isinstance(optimizer, torch.optim.AdamW)
+        ):
             lay_out_states(optimizer)
         return optimizer
 
