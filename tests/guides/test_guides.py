@@ -45,7 +45,8 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def shorter(line: str) -> str:
     """A training command with fewer steps; anything else as it is."""
     if re.search(r"hf[-_]lm train ", line):
-        return f"{line} {SHORTER}" + ("" if re.search("--output_dir|--resume", line) else " --overwrite")
+        command, comment = re.fullmatch(r"(.*?)(\s+#.*)?", line).groups(default="")
+        return f"{command} {SHORTER}{'' if re.search('--output_dir|--resume', command) else ' --overwrite'}{comment}"
     return line
 
 
