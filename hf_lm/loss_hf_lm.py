@@ -91,7 +91,7 @@ def _loss_and_gradients(
                 place = place.masked_fill(outside, 0)
                 at_label = z.gather(1, place)
                 # On a CPU the softmax may take the place of the scores; of capped ones the slope is still to come.
-                room = z if cap is None and device == "cpu" else torch.empty_like(z)
+                room = z if cap is None and device == "cpu" else None
                 if log_total is None:  # the library's softmax passes over the numbers once, and its largest is 1 / sum
                     largest = z.amax(dim=-1, keepdim=True)
                     dz = torch.softmax(z, dim=-1, out=room)
@@ -193,8 +193,8 @@ def _compiled_loss_and_gradients(
     return total, grad_hidden, grad_weight, grad_bias
 
 
-COMPILED_ON = ("cuda",)  # also where the model is not
-_compiler_fails = False  # here: no Triton, or no C compiler for it
+COMPILED_ON = ("cuda",)  # kinds of device on which a slice's gradient is compiled even where the model is not
+_compiler_fails = False  # found out by trying: no Triton, or no C compiler for it
 
 
 def _fastest_loss_and_gradients(hidden: torch.Tensor, *arguments) -> tuple[torch.Tensor, ...]:

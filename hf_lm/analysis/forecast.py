@@ -65,9 +65,8 @@ class _Stopwatch(TrainerCallback):
 
     def __init__(self, seconds: float, compiles: bool = False):
         self.seconds, self.compiles, self.trainer = seconds, compiles, None
-        self.marks: list[
-            tuple[float, int]
-        ] = []  # the clock and the trainer's tokens, at the start and after each step
+        # The clock and the trainer's tokens, at the start and after each step.
+        self.marks: list[tuple[float, int]] = []
 
     def _mark(self, device: torch.device) -> None:
         self.marks.append((_now(device), self.trainer.train_tokens))

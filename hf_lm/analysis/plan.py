@@ -25,7 +25,7 @@ from ..hub.card import WATTS, assumed_watts
 from ..loss_hf_lm import slice_shape
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
-from ..training.hardware import fit_to_cpu, is_dear
+from ..training.hardware import is_dear
 from ..training.tasks import task_class
 from .explain import decoder_layers
 from .forecast import forecast
@@ -100,7 +100,7 @@ def model_flops_utilization(
     return peak and tokens_per_second * sum(flops_by_part(model, context).values()) / (peak * devices)
 
 
-class KeptOutputs(TorchDispatchMode):
+class _KeptOutputs(TorchDispatchMode):
     """Hands `keep` what layers that compute cheap things twice keep, and autocast's copies of parameters."""
 
     def __init__(self, config, keep: Callable, is_parameter: Callable):
@@ -125,10 +125,10 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
     """
     layers = decoder_layers(model)
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    twice = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]  # compute cheap things so
-    for layer in twice:
+    selective = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    for layer in selective:  # all of a layer is looked at where it is to be computed again
         layer.gradient_checkpointing = not checkpointing
-    is_selective = bool(twice) and not checkpointing
+    is_selective = bool(selective) and not checkpointing
     options = {"skip_logits": True} if model.config.model_type == "hf_lm" and model.can_generate() else {}
 
     def measure(rows: int) -> tuple[int, int, int]:
@@ -157,7 +157,7 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
             outputs.enabled = False
             inside.append(total())
 
-        outputs = KeptOutputs(model.config.get_text_config(), keep, is_parameter)
+        outputs = _KeptOutputs(model.config.get_text_config(), keep, is_parameter)
         hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
         hooks += [layer.register_forward_hook(leave) for layer in layers]
         with outputs, next(model.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -171,7 +171,7 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
 
     # From two and three rows: of one row alone, some views need no copy.
     two, three = measure(2), measure(3)
-    for layer in twice:
+    for layer in selective:
         layer.gradient_checkpointing = True
     inside, inputs, every = (few + (batch_size - 2) * (more - few) for few, more in zip(two, three, strict=True))
     if not checkpointing:
@@ -346,9 +346,7 @@ def plan(
             steps = math.ceil(arguments.num_train_epochs * count_tokens(rows["train"], task, tokenizer) / step_tokens)
     model = sketch(task, tokenizer)
     if device == "cpu":
-        attention = model_arguments.attn_implementation is None
-        recompute = not (arguments.gradient_checkpointing or arguments.torch_compile)
-        fit_to_cpu(model, arguments.per_device_train_batch_size, length, arguments.bf16, attention, recompute)
+        task.fit_to_cpu(model)
     parts, tokens = parameters_by_part(model), steps * step_tokens
     flops = flops_by_part(model, length, step_tokens if arguments.muon_learning_rate is not None else None)
     per_token = sum(flops.values())

@@ -26,8 +26,11 @@ def lay_out_states(optimizer: torch.optim.AdamW) -> None:
     gradients, which freed would leave holes too small for activations: 240 of 4,300 MB (135M parameters, float32).
     """
     for group in optimizer.param_groups:
-        for parameter in [] if group["amsgrad"] else group["params"]:  # that has a third
-            optimizer.state[parameter] |= first_state(parameter, MUON_STATE if group.get("muon") else ADAMW_STATE)
+        if group["amsgrad"]:  # has a third number
+            continue
+        names = MUON_STATE if group.get("muon") else ADAMW_STATE
+        for parameter in group["params"]:
+            optimizer.state[parameter] |= first_state(parameter, names)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

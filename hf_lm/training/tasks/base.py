@@ -142,6 +142,18 @@ class Task(ABC):
             model.generation_config = GenerationConfig(**self.generation_defaults(), **special)
         return model
 
+    def fit_to_cpu(self, model: torch.nn.Module) -> None:
+        """`hardware.fit_to_cpu`, as the recipe asks for it."""
+        arguments = self.training_arguments
+        fit_to_cpu(
+            model,
+            arguments.per_device_train_batch_size,
+            self.data_arguments.block_size,
+            arguments.bf16,
+            attention=self.model_arguments.attn_implementation is None,
+            recompute=not (arguments.gradient_checkpointing or arguments.torch_compile),
+        )
+
     def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
         """Tokenizer, data and model in a trainer that is ready to run, or to go on from a checkpoint."""
         arguments = self.training_arguments
@@ -158,14 +170,7 @@ class Task(ABC):
             encoded["train"] = encoded["train"].shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=size)
         model = self.build_model(tokenizer)
         if arguments.device.type == "cpu":
-            fit_to_cpu(
-                model,
-                arguments.per_device_train_batch_size,
-                self.data_arguments.block_size,
-                arguments.bf16,
-                attention=self.model_arguments.attn_implementation is None,
-                recompute=not (arguments.gradient_checkpointing or arguments.torch_compile),
-            )
+            self.fit_to_cpu(model)
         elif self.model_arguments.attn_implementation is None:
             attend_by_length(model, arguments.bf16 or arguments.fp16)
         if self.model_arguments.use_peft:
