@@ -180,7 +180,7 @@ class HfLmAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
         if self.use_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.rope_interleaved)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.rope_interleaved, self.training)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
