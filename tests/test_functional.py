@@ -36,3 +36,27 @@ def test_rms_norm_equals_torchs(dtype):
         torch.testing.assert_close(one, other.to(one.dtype), **tolerance)
     plain = functional.rms_norm(x, weight, 1e-6, training=False)
     torch.testing.assert_close(plain, reference.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "head_dim, rotated", [(64, 64), (64, 16), (8, 8)]
+)  # both ways to turn, and a part of the head
+def test_the_rotation_equals_the_plain_one(head_dim, rotated, interleaved, dtype):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 7, 3, head_dim, dtype=dtype), torch.randn(2, 7, 1, head_dim, dtype=dtype)
+    q, k = (x.transpose(1, 2).requires_grad_() for x in (q, k))
+    grads = torch.randn(2, 3, 7, head_dim, dtype=dtype), torch.randn(2, 1, 7, head_dim, dtype=dtype)
+    angles = torch.rand(2, 7, rotated // 2, dtype=torch.float64) * 6
+    angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k)]
+    expected = functional.apply_rotary_pos_emb(*exact, cos.double(), sin.double(), interleaved)
+    actual = functional.apply_rotary_pos_emb(q, k, cos, sin, interleaved, training=True)
+    assert type(actual[0].grad_fn).__name__ == ("_RotationBackward" if rotated == head_dim else "CatBackward0")
+    expected = *expected, *torch.autograd.grad(expected, exact, [grad.double() for grad in grads])
+    actual = *actual, *torch.autograd.grad(actual, (q, k), grads)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other.to(dtype), **tolerance)
