@@ -182,8 +182,8 @@ def append(cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int) -> 
             rooms.append(old.new_empty((*sizes, 2 * total, old.shape[3])))
             rooms[-1][:, :, :length] = old
     for room, new in zip(rooms, (key, value), strict=True):
-        room[:, :, length:total] = new
-    layer.keys, layer.values = (room[:, :, :total] for room in rooms)
+        room.narrow(2, length, total - length).copy_(new)  # in less time than indexed
+    layer.keys, layer.values = (room.narrow(2, 0, total) for room in rooms)
     return layer.keys, layer.values
 
 
@@ -198,7 +198,8 @@ class PackedDecoderLayer(HfLmDecoderLayer):
         projected = attention.qkv_proj(self.input_layernorm(hidden_states)).view(batch, length, -1, size)
         turning, value = torch.split_with_sizes(projected, (heads + kv_heads, kv_heads), dim=2)
         turned = (turning * cos).addcmul_(turning.roll(size // 2, dims=-1), sin).transpose(1, 2)
-        query, key, value = turned[:, :heads], turned[:, heads:], value.transpose(1, 2)
+        query, key = torch.split_with_sizes(turned, (heads, kv_heads), dim=1)
+        value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = append(past_key_values, key, value, attention.layer_idx)
         kind = attention.config._attn_implementation
