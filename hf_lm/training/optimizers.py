@@ -49,10 +49,30 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        x = newton_schulz_factor(x @ x.mT, steps) @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+def newton_schulz_factor(gram: torch.Tensor, steps: int) -> torch.Tensor:
+    """
+    What Newton-Schulz steps come to as a factor of `X`, from `G = X X^T` alone: the product of `P = a + b G + c G ** 2` of
+    each step, which leaves `P G P`. For a wide `X` that is half the work (512 x 128: 2.1 instead of 5.5 ms for six). `G`
+    loses what is small in `X`, so not in 16 bits.
+    """
+    a, b, c = NEWTON_SCHULZ
+    factor = None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = polynomial if factor is None else polynomial @ factor
+        if step + 1 < steps:
+            gram = polynomial @ gram @ polynomial
+    return factor
 
 
 class MuonAdamW(torch.optim.AdamW):

@@ -55,6 +55,20 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
     assert singular.min() > 0.5 and singular.max() < 1.5
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 256), (3, 256, 64), (3, 64, 64)])
+@pytest.mark.parametrize("kind", ["any", "of rank 20", "of singular values down to 1e-7"])
+def test_newton_schulz_in_float32_is_exact_enough_by_way_of_the_gram_matrix(monkeypatch, shape, kind):
+    monkeypatch.setattr("hf_lm.training.optimizers.has_fast_bfloat16", lambda device_type: False)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, singular, vt = torch.linalg.svd(x, full_matrices=False)
+    if kind != "any":
+        singular[:] = torch.logspace(0, -7, 64) if kind.endswith("7") else (torch.arange(64) < 20).double()
+    x = u @ singular.diag_embed() @ vt
+    exact = orthogonalize(x)  # in float64: the plain iteration
+    error = torch.linalg.matrix_norm(orthogonalize(x.float()) - exact) / torch.linalg.matrix_norm(exact)
+    assert error.max() < 1e-3
+
+
 def test_training_goes_on_exactly_from_a_state_dict():
     straight, resumed = some_parameters(), some_parameters()
     first, second = build(straight), build(resumed)
