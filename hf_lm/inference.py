@@ -203,9 +203,8 @@ class PackedDecoderLayer(HfLmDecoderLayer):
         if past_key_values is not None:
             key, value = append(past_key_values, key, value, attention.layer_idx)
         kind = attention.config._attn_implementation
-        if (
-            kind == "sdpa" and length == 1 and attention_mask is None
-        ):  # heads that share keys are queries of one of them
+        if kind == "sdpa" and length == 1 and attention_mask is None:
+            # Heads that share keys are as several queries of one head.
             query = query.reshape(batch, kv_heads, -1, size)
             output = nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
         else:
