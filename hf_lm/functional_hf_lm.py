@@ -257,11 +257,11 @@ def cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return _cosines_and_sines(angles) if is_compiled() else (angles.cos(), angles.sin())
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, sign: int = 1) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int = 1) -> torch.Tensor:
     """`x * cos + sign * rotate_half(x) * sin` in few passes."""
     turned, half = x * cos, x.shape[-1] // 2
-    if interleaved or half * x.itemsize < 64:  # a vector register, below which halves are slow
-        return turned.addcmul_(rotate_half(x, interleaved), sin, value=sign)
+    if half * x.itemsize < 64:  # a vector register, below which halves are slow
+        return turned.addcmul_(rotate_half(x), sin, value=sign)
     turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
     turned[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return turned
@@ -271,15 +271,14 @@ class _Rotation(torch.autograd.Function):
     """`y = x cos + rotate_half(x) sin`: `dx` is `dy` turned back."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
+    def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return rotate(x, cos, sin, interleaved)
+        return rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return rotate(grad, *ctx.saved_tensors, ctx.interleaved, sign=-1), None, None, None
+        return rotate(grad, *ctx.saved_tensors, sign=-1), None, None
 
 
 def apply_rotary_pos_emb(
@@ -293,7 +292,7 @@ def apply_rotary_pos_emb(
     """
     Rotate the leading dimensions of each head by its position's angles; the others pass through.
 
-    In training by a function with its own gradient: forward and backward of 4 x 512 tokens with 6 heads of 64 take 3.0
+    In training, where pairs are halves apart, by a function with its own gradient: forward and backward of 4 x 512 tokens with 6 heads of 64 take 3.0
     instead of 9.2 ms (float32, two cores), 2.0 instead of 3.5 in bfloat16.
 
     Args:
@@ -302,12 +301,12 @@ def apply_rotary_pos_emb(
     """
     cos, sin = cos.unsqueeze(1).to(q.dtype), sin.unsqueeze(1).to(q.dtype)
     rotated, heads, is_compiling = cos.shape[-1], q.shape[1], torch.compiler.is_compiling()
-    by_hand = training and torch.is_grad_enabled() and not is_compiling
+    by_hand = training and not interleaved and torch.is_grad_enabled() and not is_compiling
 
     def turn(x: torch.Tensor) -> torch.Tensor:
         turning = x[..., :rotated]
         if by_hand:
-            turned = _Rotation.apply(turning, cos, sin, interleaved)
+            turned = _Rotation.apply(turning, cos, sin)
         else:
             turned = turning * cos + rotate_half(turning, interleaved) * sin
         return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)

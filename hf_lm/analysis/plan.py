@@ -25,7 +25,8 @@ from ..hub.card import WATTS, assumed_watts
 from ..loss_hf_lm import slice_shape
 from ..training.adapters import add_adapter
 from ..training.artifacts import describe_hardware
-from ..training.hardware import is_dear
+from ..training.hardware import has_fast_bfloat16, is_dear
+from ..training.optimizers import newton_schulz_flops
 from ..training.tasks import task_class
 from .explain import decoder_layers
 from .forecast import forecast
@@ -64,7 +65,9 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in decoder_layers(model).parameters() if parameter.ndim == 2]
 
 
-def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None) -> dict[str, float]:
+def flops_by_part(
+    model: nn.Module, context: int, muon_batch: int | None = None, muon_half: bool = True
+) -> dict[str, float]:
     """
     Floating-point operations of a training step for each token: the matrix products, as `torch.utils.flop_counter`
     counts them: of forward and backward, three times the forward's (twice, where weights are not learned). Attention is
@@ -73,6 +76,7 @@ def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None)
     Args:
         context: tokens of a sequence.
         muon_batch: with Muon, tokens of a step, over which its Newton-Schulz iterations are spread.
+        muon_half: these are in 16 bits.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings() if model.can_generate() else getattr(model, "score", None)
@@ -84,7 +88,7 @@ def flops_by_part(model: nn.Module, context: int, muon_batch: int | None = None)
         "matrices": sum((6.0 if of.weight.requires_grad else 4.0) * of.weight.numel() for of in linear),
         "attention": 12.0 * context * width * config.num_hidden_layers,
         "head": 6.0 * head.weight.numel() if model.can_generate() else 0.0,  # of a classifier: one token of a text
-        "optimizer": 5 * sum(4 * low**2 * high + 2 * low**3 for low, high in sizes) / (muon_batch or 1),
+        "optimizer": sum(newton_schulz_flops(*size, muon_half) for size in sizes) / (muon_batch or 1),
     }
 
 
@@ -348,7 +352,8 @@ def plan(
     if device == "cpu":
         task.fit_to_cpu(model)
     parts, tokens = parameters_by_part(model), steps * step_tokens
-    flops = flops_by_part(model, length, step_tokens if arguments.muon_learning_rate is not None else None)
+    muon_batch = step_tokens if arguments.muon_learning_rate is not None else None
+    flops = flops_by_part(model, length, muon_batch, muon_half=not measured or has_fast_bfloat16(device))
     per_token = sum(flops.values())
     speed = measured["tokens_per_second"] if measured else peak * utilization * gpus / per_token
     hours = (measured["trained_seconds"] if measured else tokens / speed) / 3600

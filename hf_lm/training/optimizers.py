@@ -75,6 +75,13 @@ def newton_schulz_factor(gram: torch.Tensor, steps: int) -> torch.Tensor:
     return factor
 
 
+def newton_schulz_flops(low: int, high: int, half: bool, steps: int = 5) -> float:
+    """Operations of `orthogonalize` for a matrix of `low` x `high`, the lesser first; `half`: in 16 bits."""
+    if half or high < 2 * low:
+        return steps * (4 * low**2 * high + 2 * low**3)
+    return 4 * low**2 * high + (8 * steps - 6) * low**3
+
+
 class MuonAdamW(torch.optim.AdamW):
     """
     AdamW, with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the parameter groups that
