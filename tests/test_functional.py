@@ -40,10 +40,9 @@ def test_rms_norm_equals_torchs(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(
-    "head_dim, rotated", [(64, 64), (64, 16), (8, 8)]
-)  # both ways to turn, and a part of the head
+@pytest.mark.parametrize("head_dim, rotated", [(64, 64), (64, 16), (8, 8)])
 def test_the_rotation_equals_the_plain_one(head_dim, rotated, interleaved, dtype):
+    """Turned in halves, in part, and where halves are too short for that."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 7, 3, head_dim, dtype=dtype), torch.randn(2, 7, 1, head_dim, dtype=dtype)
     q, k = (x.transpose(1, 2).requires_grad_() for x in (q, k))

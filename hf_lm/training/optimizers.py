@@ -9,6 +9,7 @@ from .hardware import has_fast_bfloat16
 
 # Coefficients of the quintic Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+GRAM_FROM = 2  # columns for each row, from which on its steps cost less by way of the Gram matrix
 
 
 # What each keeps of a parameter beside the number of steps, which AdamW expects in every state that it loads.
@@ -49,7 +50,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+    if x.dtype == torch.float32 and x.shape[-1] >= GRAM_FROM * x.shape[-2]:
         x = newton_schulz_factor(x @ x.mT, steps) @ x
     else:
         for _ in range(steps):
@@ -77,7 +78,7 @@ def newton_schulz_factor(gram: torch.Tensor, steps: int) -> torch.Tensor:
 
 def newton_schulz_flops(low: int, high: int, half: bool, steps: int = 5) -> float:
     """Operations of `orthogonalize` for a matrix of `low` x `high`, the lesser first; `half`: in 16 bits."""
-    if half or high < 2 * low:
+    if half or high < GRAM_FROM * low:
         return steps * (4 * low**2 * high + 2 * low**3)
     return 4 * low**2 * high + (8 * steps - 6) * low**3
 
