@@ -10,6 +10,7 @@ from hf_lm import HfLmConfig, HfLmForCausalLM, loss_hf_lm
 from hf_lm.cli import main
 from hf_lm.data.collator import PackedCollator
 from hf_lm.functional_hf_lm import HAS_VARLEN
+from hf_lm.training.hardware import fit_to_gpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -72,6 +73,20 @@ def test_attention_by_lengths_equals_attention_by_mask(changes, lengths):
     torch.testing.assert_close(outcomes[1][0], outcomes[0][0], rtol=1e-3, atol=1e-3)
     slack = float(outcomes[0][1].abs().max()) / 50
     torch.testing.assert_close(outcomes[1][1], outcomes[0][1], rtol=0.05, atol=slack)
+
+
+def test_a_compiled_step_that_keeps_less_has_the_same_gradients():
+    batch, outcomes = packed_batch(), []
+    for recompute in (False, True):
+        model = build("sdpa")
+        fit_to_gpu(model, half=True, recompute=recompute)
+        torch.compiler.reset()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.compile(model)(**batch, use_cache=False).loss
+        loss.backward()
+        outcomes.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=float(other.abs().max()) / 50)
 
 
 @pytest.mark.parametrize("compiles", ["false", "true"])

@@ -2,11 +2,13 @@
 
 import ctypes
 import gc
+import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from ..configuration_hf_lm import HfLmConfig
@@ -47,6 +49,25 @@ def is_dear(config: HfLmConfig, _, operator, *arguments, **keywords) -> bool:
     return is_read or arguments[-1].shape[0] != config.intermediate_size
 
 
+def choose_what_is_kept(config: HfLmConfig, _, operator, *arguments, **keywords) -> CheckpointPolicy:
+    """
+    For an operator in a layer that is compiled: what comes of the residual stream element by element (its sums, its norms,
+    their copies in 16 bits) is computed twice, where the compiler makes it part of a kernel that runs anyway. The rest is
+    the compiler's choice, which by itself keeps all of these.
+    """
+    states = arguments[0] if arguments else None
+    is_stream = isinstance(states, torch.Tensor) and states.ndim == 3 and states.shape[-1] == config.hidden_size
+    is_cheap = torch.Tag.pointwise in operator.tags or operator is torch.ops.aten._to_copy.default
+    return CheckpointPolicy.MUST_RECOMPUTE if is_stream and is_cheap else CheckpointPolicy.PREFER_SAVE
+
+
+def _keep_less(model: PreTrainedModel, policy: Callable) -> None:
+    """Let each layer keep for the backward what `policy` says, by PyTorch's selective checkpointing."""
+    contexts = partial(create_selective_checkpoint_contexts, partial(policy, model.config.get_text_config()))
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "context_fn": contexts})
+
+
 def fit_to_cpu(
     model: PreTrainedModel,
     batch_size: int,
@@ -79,20 +100,27 @@ def fit_to_cpu(
     widths = [layer.up_proj.out_features * (1 if layer.gate_proj is None else 2) for layer in layers]
     is_cheap = config.hidden_size * config.num_hidden_layers <= CHEAP_PER_PARAMETER * model.num_parameters()
     if recompute and is_cheap and batch_size * length * sum(widths) * itemsize > KEPT_BY_MLPS:
-        contexts = partial(create_selective_checkpoint_contexts, partial(is_dear, config))
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False, "context_fn": contexts})
+        _keep_less(model, is_dear)
 
 
-def attend_by_length(model: PreTrainedModel, half: bool) -> None:
+def fit_to_gpu(model: PreTrainedModel, half: bool, attention: bool = True, recompute: bool = False) -> None:
     """
-    Let a model that trains in 16 bits on a CUDA device keep packed documents apart by their lengths, not by a mask
-    (attention `"varlen"`), where it would be SDPA.
+    Let a model train on a GPU as fast as it can without keeping much.
+
+    - In 16 bits on a CUDA device packed documents are kept apart by their lengths, not by a mask (attention `"varlen"`).
+
+    Args:
+        half: whether products are computed in 16 bits.
+        attention: choose its implementation, where it would be SDPA; where not, it stays as it is.
+        recompute: for a model that is going to be compiled: its layers keep what `choose_what_is_kept` says.
     """
     config = model.config.get_text_config()
     can = HAS_VARLEN and half and device_type() == "cuda" and config.model_type == HfLmConfig.model_type
-    if can and config._attn_implementation == "sdpa" and not config.attention_dropout:
+    if attention and can and config._attn_implementation == "sdpa" and not config.attention_dropout:
         model.set_attn_implementation("varlen")
+    if recompute:
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it warns of what we do not do
+        _keep_less(model, choose_what_is_kept)
 
 
 def keep_freed_memory() -> None:

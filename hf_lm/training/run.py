@@ -136,7 +136,8 @@ def train(
     training_arguments.also_decisive = {key: value for key, value in keys.items() if key not in FREE_TO_CHANGE}
     checkpoint = check_output_dir(training_arguments)
     set_seed(training_arguments.seed)
-    keep_freed_memory()
+    if not training_arguments.torch_compile:  # a compiled step takes and frees few things, large ones
+        keep_freed_memory()
     recipe = recipe_of(model_arguments, data_arguments, training_arguments)
     task = task_class(data_arguments.task)(model_arguments, data_arguments, training_arguments)
     trainer = task.build_trainer(checkpoint)

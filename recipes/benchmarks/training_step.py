@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.analysis.plan import layer_matrices, model_flops_utilization
 from hf_lm.data.collator import PackedCollator
-from hf_lm.training.hardware import attend_by_length, fit_to_cpu, keep_freed_memory
+from hf_lm.training.hardware import fit_to_cpu, fit_to_gpu, keep_freed_memory
 from hf_lm.training.optimizers import MuonAdamW, lay_out_states
 
 GOAL = {"eager": 1.4, "compiled": 1.15, "memory at 49k": 0.6}
@@ -71,11 +71,12 @@ def build(
             choices = {"intermediate_size": mlp * 3 // 2}  # not gated: two matrices instead of three
         model = HfLmForCausalLM(HfLmConfig(**shape | choices))
         if device == "cpu":
-            keep_freed_memory()
+            if not compiles:
+                keep_freed_memory()
             mixed = dtype == "bfloat16"
             fit_to_cpu(model, max(1, tokens // int(context)), int(context), mixed, recompute=not compiles)
         else:
-            attend_by_length(model, dtype == "bfloat16")
+            fit_to_gpu(model, dtype == "bfloat16", recompute=compiles)
     return model.train().to(device), VOCABULARIES[vocabulary], int(context)
 
 

@@ -84,6 +84,43 @@ def test_attention_whose_probabilities_take_much_is_not_written_out(tiny_config,
         assert model.config._attn_implementation == expected
 
 
+def compiled_step(model: HfLmForCausalLM, ids: torch.Tensor, mixed: bool) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that the compiled forward keeps, parameters aside; the loss and the gradients."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
+        return tensor
+
+    torch.compiler.reset()
+    forward = torch.compile(model, backend="aot_eager_decomp_partition")  # keeps what a compiled model keeps
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        loss = forward(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return sum(kept.values()), [loss, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_compiled_layers_keep_no_norms_and_no_sums(tiny_config, changes, mixed):
+    for name, value in changes.items():
+        setattr(tiny_config, name, value)
+    ids, outcomes = torch.randint(0, tiny_config.vocab_size, (3, 40)), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = HfLmForCausalLM(copy(tiny_config)).train()
+        hardware.fit_to_gpu(model, mixed, recompute=recompute)
+        outcomes.append(compiled_step(model, ids, mixed))
+    (much, once), (less, twice) = outcomes
+    norms = ids.numel() * tiny_config.hidden_size * tiny_config.num_hidden_layers * (2 if mixed else 4)
+    assert (
+        less <= much - (0.5 if "parallel_residual" in changes else 1.5) * norms
+    )  # one norm a layer, or two and a sum
+    torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(not HAS_VARLEN, reason="PyTorch has it from 2.11 on")
 @pytest.mark.parametrize(
     ("device", "half", "changes", "expected"),
@@ -102,5 +139,5 @@ def test_documents_are_kept_apart_by_their_lengths_where_there_is_a_kernel(
         setattr(tiny_config, name, value)
     model = HfLmForCausalLM(tiny_config)
     monkeypatch.setattr(hardware, "device_type", lambda: device)
-    hardware.attend_by_length(model, half)
+    hardware.fit_to_gpu(model, half)
     assert model.config._attn_implementation == expected

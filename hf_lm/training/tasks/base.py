@@ -17,7 +17,7 @@ from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
 from ..arguments import HfLmTrainingArguments, ModelArguments
-from ..hardware import attend_by_length, fit_to_cpu
+from ..hardware import fit_to_cpu, fit_to_gpu
 from ..trainer import HfLmTrainer
 
 
@@ -171,8 +171,10 @@ class Task(ABC):
         model = self.build_model(tokenizer)
         if arguments.device.type == "cpu":
             self.fit_to_cpu(model)
-        elif self.model_arguments.attn_implementation is None:
-            attend_by_length(model, arguments.bf16 or arguments.fp16)
+        else:
+            attention = self.model_arguments.attn_implementation is None
+            recompute = arguments.torch_compile and not arguments.gradient_checkpointing
+            fit_to_gpu(model, arguments.bf16 or arguments.fp16, attention, recompute)
         if self.model_arguments.use_peft:
             model = add_adapter(model, self.model_arguments, self.peft_task_type)
         evaluation = encoded.get("validation")
