@@ -63,7 +63,6 @@ def choose_what_is_kept(config: HfLmConfig, _, operator, *arguments, **keywords)
 
 def _keep_less(model: PreTrainedModel, policy: Callable) -> None:
     """Let each layer keep for the backward what `policy` says, by PyTorch's selective checkpointing."""
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # a compiler warns of what we do not do
     contexts = partial(create_selective_checkpoint_contexts, partial(policy, model.config.get_text_config()))
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False, "context_fn": contexts})
@@ -120,6 +119,7 @@ def fit_to_gpu(model: PreTrainedModel, half: bool, attention: bool = True, recom
     if attention and can and config._attn_implementation == "sdpa" and not config.attention_dropout:
         model.set_attn_implementation("varlen")
     if recompute:
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it warns of what we do not do
         _keep_less(model, choose_what_is_kept)
 
 

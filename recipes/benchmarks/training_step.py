@@ -74,7 +74,7 @@ def build(
             if not compiles:
                 keep_freed_memory()
             mixed = dtype == "bfloat16"
-            fit_to_cpu(model, max(1, tokens // int(context)), int(context), mixed)
+            fit_to_cpu(model, max(1, tokens // int(context)), int(context), mixed, recompute=not compiles)
         else:
             fit_to_gpu(model, dtype == "bfloat16", recompute=compiles)
     return model.train().to(device), VOCABULARIES[vocabulary], int(context)

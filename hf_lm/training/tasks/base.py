@@ -151,7 +151,7 @@ class Task(ABC):
             self.data_arguments.block_size,
             arguments.bf16,
             attention=self.model_arguments.attn_implementation is None,
-            recompute=not arguments.gradient_checkpointing,
+            recompute=not (arguments.gradient_checkpointing or arguments.torch_compile),
         )
 
     def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
