@@ -6,9 +6,10 @@ Tokens a second and peak memory of a training step, against the library's LlamaF
 
 The model is a Llama in both cases (the hf_lm side: `hf_lm` with that architecture), random weights in float32, bfloat16
 autocast as the Trainer does it with `bf16: true` (`--dtype float32` without), fused AdamW, one batch of random tokens,
-forward, backward, step. Upstream runs as it comes; hf_lm as `hf-lm train` sets it up (`hf_lm.training.hardware`:
-attention written out for short contexts in bfloat16, freed memory kept, what is large and cheap computed twice, the
-optimizer's states there from the beginning).
+forward, backward, step. Upstream runs as it comes; hf_lm as `hf-lm train` sets it up (`hf_lm.training.hardware`; on a
+CPU: attention written out for short contexts in bfloat16, what is large and cheap computed twice, freed memory kept,
+the last two not where it is compiled, and the optimizer's states there from the beginning; on a GPU, compiled: norms
+computed twice).
 
 Every measurement is a process of its own, in the order A B A B ...; the peak is that of the private memory above what
 the process had before the model. Ratios are taken round by round; their median is printed. CPU seconds are given beside
