@@ -108,11 +108,13 @@ def fit_to_gpu(model: PreTrainedModel, half: bool, attention: bool = True, recom
     Let a model train on a GPU as fast as it can without keeping much.
 
     - In 16 bits on a CUDA device packed documents are kept apart by their lengths, not by a mask (attention `"varlen"`).
+    - Compiled layers keep for the backward what `choose_what_is_kept` says: 135M parameters, vocabulary 49k, took 0.55
+      instead of 0.65 of upstream's memory, as fast (`recipes/benchmarks`).
 
     Args:
         half: whether products are computed in 16 bits.
         attention: choose its implementation, where it would be SDPA; where not, it stays as it is.
-        recompute: for a model that is going to be compiled: its layers keep what `choose_what_is_kept` says.
+        recompute: the second, for a model that is going to be compiled.
     """
     config = model.config.get_text_config()
     can = HAS_VARLEN and half and device_type() == "cuda" and config.model_type == HfLmConfig.model_type

@@ -9,7 +9,7 @@ autocast as the Trainer does it with `bf16: true` (`--dtype float32` without), f
 forward, backward, step. Upstream runs as it comes; hf_lm as `hf-lm train` sets it up (`hf_lm.training.hardware`; on a
 CPU: attention written out for short contexts in bfloat16, what is large and cheap computed twice, freed memory kept,
 the last two not where it is compiled, and the optimizer's states there from the beginning; on a GPU, compiled: norms
-computed twice).
+and sums of the residual stream computed twice).
 
 Every measurement is a process of its own, in the order A B A B ...; the peak is that of the private memory above what
 the process had before the model. Ratios are taken round by round; their median is printed. CPU seconds are given beside

@@ -115,9 +115,8 @@ def test_compiled_layers_keep_no_norms_and_no_sums(tiny_config, changes, mixed):
         outcomes.append(compiled_step(model, ids, mixed))
     (much, once), (less, twice) = outcomes
     norms = ids.numel() * tiny_config.hidden_size * tiny_config.num_hidden_layers * (2 if mixed else 4)
-    assert (
-        less <= much - (0.5 if "parallel_residual" in changes else 1.5) * norms
-    )  # one norm a layer, or two and a sum
+    least = 0.5 if "parallel_residual" in changes else 1.5  # one norm a layer, or two and a sum
+    assert less <= much - least * norms
     torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-6)
 
 
