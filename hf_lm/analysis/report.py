@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..evaluation.quality import sample_quality, token_calibration
-from ..hub.card import RESULTS, compute_facts, read_recipe, shown
+from ..hub.card import RESULTS, class_rows, compute_facts, read_recipe, shown
 from ..training.callbacks import continue_prompts
 from .page import write_page
 
@@ -142,8 +142,16 @@ def write_report(folder: Path) -> Path:
     metrics, log = read("metrics.json"), read("trainer_state.json").get("log_history", [])
     quality, (head, evaluations) = metrics.get("quality", {}), _evaluations(log)
     run = {key: metrics.get(key) for key in RUN} | metrics.get("versions", {})
+    per_class, confusion = ([[row[0], *map(_cell, row[1:])] for row in rows] for rows in class_rows(metrics))
     tables = [
         {"title": "Results", "head": ["", "value", "95 % interval"], "rows": _results(metrics)},
+        {"title": "Classes", "head": ["", "precision", "recall", "F1", "support"], "rows": per_class},
+        {
+            "title": "Confusion matrix",
+            "note": "A row for each true class, a column for each predicted class.",
+            "head": ["", *(row[0] for row in confusion)],
+            "rows": confusion,
+        },
         {"title": "Evaluations on the way", "head": head, "rows": evaluations},
         {
             "title": "Quality",

@@ -88,6 +88,8 @@ RESULTS = {
     "eval_loss": "loss (nats per token)",
     "accuracy": "accuracy",
     "f1": "F1",
+    "macro_precision": "macro precision",
+    "macro_recall": "macro recall",
     "macro_f1": "macro F1",
     "ece": "expected calibration error",
     "exact_match": "exact match",
@@ -95,6 +97,7 @@ RESULTS = {
     "chrf": "chrF",
     "self_ended": "share of answers that end by themselves",
 }
+WIDEST = 20  # confusion matrix that is shown, in labels; metrics.json holds any
 # Assumed power draw in watts, for the energy estimate: board power of accelerators, and of one busy CPU core with its
 # share of memory and board.
 WATTS = {"H100": 700, "H200": 700, "B200": 1000, "A100": 400, "L40": 300, "L4": 72, "T4": 70, "V100": 300}
@@ -234,6 +237,20 @@ def results_of(metrics: dict) -> list[dict]:
     return rows
 
 
+def class_rows(metrics: dict) -> tuple[list[list], list[list]]:
+    """
+    Of a classifier: a row for each label with its precision, recall, F1 and support, and the confusion matrix, a row for
+    each true label with the number of predictions of each label. The matrix is empty for more than `WIDEST` labels.
+    """
+    per_class = metrics.get("per_class") or {}
+    scores = [
+        [name, *(row[key] for key in ("precision", "recall", "f1", "support"))] for name, row in per_class.items()
+    ]
+    matrix = metrics.get("confusion_matrix") or ()
+    confusion = [[name, *counts] for name, counts in zip(per_class, matrix, strict=False)]
+    return scores, confusion if len(confusion) <= WIDEST else []
+
+
 def card_metadata(folder: Path) -> dict:
     """The metadata of the folder's present card: what a person stated there is kept. `{}` if there is none."""
     try:
@@ -371,6 +388,7 @@ def build_card(
         for other in metrics.get("baselines") or ()
         for row in results_of(other)
     ]
+    per_class, confusion = ([[*map(shown, row)] for row in rows] for rows in class_rows(metrics))
     measured = {**metrics, **counts, "parameters": parameters, **compute_facts(metrics, parameters)}
     return ModelCard.from_template(
         metadata,
@@ -396,6 +414,8 @@ def build_card(
             row | {"value": shown(row["value"]), "interval": " – ".join(map(shown, row["interval"] or ()))}
             for row in artifacts["results"] + baselines
         ],
+        per_class=per_class,
+        confusion=confusion,
         text_language=", ".join(
             [metadata.language] if isinstance(metadata.language, str) else metadata.language or ()
         ),

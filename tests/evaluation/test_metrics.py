@@ -8,6 +8,7 @@ import pytest
 
 from hf_lm.errors import InputError
 from hf_lm.evaluation.metrics import HfLmBitsPerByte, HfLmClassification, HfLmPerplexity
+from hf_lm.evaluation.metrics.classification import class_scores, count_confusions
 from hf_lm.evaluation.text import score_documents
 
 
@@ -52,9 +53,28 @@ def test_classification_scores_are_those_counted_by_hand(repository):
         assert result["accuracy"] == 0.75
         # class 0: 1 hit of 1 wanted, 2 given; class 1: 2 hits of 3 wanted, 2 given; class 2 does not occur
         assert math.isclose(result["macro_f1"], (2 / 3 + 4 / 5) / 2)
+        assert math.isclose(result["macro_precision"], (1 / 2 + 1) / 2)
+        assert math.isclose(result["macro_recall"], (1 + 2 / 3) / 2)
         assert math.isclose(result["ece"], (0.1 + 0.8 + 0.3 + 0.4) / 4)
         assert result["accuracy_low"] <= 0.75 <= result["accuracy_high"]
         assert result["macro_f1_low"] <= result["macro_f1"] <= result["macro_f1_high"]
+
+
+def test_class_scores_are_those_of_scikit_learn():
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    truth, chosen = (
+        random.integers(0, 3, 50),
+        random.integers(1, 4, 50),
+    )  # 0 is never predicted, 3 never true, 4 neither
+    confusion = count_confusions(truth, chosen, 5)
+    assert (confusion == sklearn_metrics.confusion_matrix(truth, chosen, labels=range(5))).all()
+    expected = sklearn_metrics.precision_recall_fscore_support(truth, chosen, labels=range(5), zero_division=0)
+    for values, other in zip(class_scores(confusion).values(), expected, strict=True):
+        assert np.allclose(values, other)
+    macro = sklearn_metrics.precision_recall_fscore_support(truth, chosen, average="macro", zero_division=0)
+    result = HfLmClassification().compute(predictions=np.eye(5)[chosen], references=truth, samples=1)
+    assert np.allclose([result[f"macro_{name}"] for name in ("precision", "recall", "f1")], macro[:3])
 
 
 def test_classification_interval_covers_the_truth_as_often_as_it_says():

@@ -91,11 +91,29 @@ def test_a_run_learns_and_scores_the_test_split_beside_a_baseline(task_recipe, t
     assert 0 < metrics["macro_f1"] <= 1 and 0 <= metrics["ece"] <= 1
     (baseline,) = metrics["baselines"]
     assert baseline["accuracy"] > 0.8
+    assert list(metrics["per_class"]) == metrics["labels"] == ["Chinese", "English"]
+    confusion = metrics["confusion_matrix"]
+    assert [row["support"] for row in metrics["per_class"].values()] == [sum(row) for row in confusion] == [20, 20]
+    assert confusion[0][0] + confusion[1][1] == round(40 * metrics["accuracy"])
+    for name in ("precision", "recall", "f1"):
+        both = [row[name] for row in metrics["per_class"].values()]
+        assert math.isclose(metrics[f"macro_{name}"], sum(both) / 2) and f"macro_{name}" in baseline
     for score in (metrics, baseline):
         assert f"accuracy {score['accuracy']:.3f}" in metrics["summary"]
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert f"| accuracy | {metrics['accuracy']:.4g} | " in card
     assert f"| accuracy: TF-IDF + logistic regression | {baseline['accuracy']:.4g} | " in card
+    english = metrics["per_class"]["English"]
+    scores = " | ".join(f"{english[name]:.4g}" for name in ("precision", "recall", "f1"))
+    assert "|---|---|---|---|---|\n| Chinese | " in card and f"\n| English | {scores} | 20 |\n" in card
+    assert f"\n| | Chinese | English |\n|---|---|---|\n| Chinese | {confusion[0][0]} | {confusion[0][1]} |\n" in card
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    tables = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["tables"]
+    rows = {table["title"]: table["rows"] for table in tables}
+    assert rows["Classes"][1] == ["English", *scores.split(" | "), "20"]
+    assert rows["Confusion matrix"] == [
+        [name, *map(str, row)] for name, row in zip(metrics["labels"], confusion, strict=True)
+    ]
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "eval_accuracy" in entry] == [8, 16]
 

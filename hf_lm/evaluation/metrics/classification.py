@@ -1,4 +1,4 @@
-"""Accuracy, macro F1 and calibration of a classifier as one `evaluate.Metric`."""
+"""Accuracy, macro-averaged precision, recall and F1, and calibration of a classifier as one `evaluate.Metric`."""
 
 import evaluate
 import numpy as np
@@ -7,13 +7,35 @@ from datasets import Features, List, Value
 from hf_lm.errors import InputError
 from hf_lm.evaluation.quality import expected_calibration_error
 
+SCORES = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+
+
+def count_confusions(references: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """Confusion matrix `(classes, classes)` of class numbers: a row for each true class, a column for each predicted."""
+    return np.bincount(references * classes + predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """
+    `precision`, `recall`, `f1` and `support` (the number of examples) of each class.
+
+    A score is 0 where its denominator is: precision of a class never predicted, recall of a class without examples.
+    """
+    hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    return {
+        "precision": hits / np.maximum(predicted, 1),
+        "recall": hits / np.maximum(support, 1),
+        "f1": 2 * hits / np.maximum(support + predicted, 1),
+        "support": support,
+    }
+
 
 class HfLmClassification(evaluate.Metric):
     """
-    `accuracy` and `macro_f1` with 95% percentile bootstrap intervals over the examples, and the expected calibration
-    error (15 bins of equal width) of the likeliest class' probability.
+    `accuracy`, `macro_precision`, `macro_recall` and `macro_f1` with 95% percentile bootstrap intervals over the
+    examples, and the expected calibration error (15 bins of equal width) of the likeliest class' probability.
 
-    Macro F1 is the mean over the classes that occur among references or predictions.
+    Macro averages are over the classes that occur among references or predictions.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -38,14 +60,16 @@ class HfLmClassification(evaluate.Metric):
         picks = [np.arange(len(truth)), *random.integers(0, len(truth), (samples, len(truth)))]
         scores = np.array([self._scores(truth[pick], chosen[pick], classes) for pick in picks])
         result = {}
-        for name, (value, *resampled) in zip(("accuracy", "macro_f1"), scores.T, strict=True):
+        for name, (value, *resampled) in zip(SCORES, scores.T, strict=True):
             low, high = np.quantile(resampled, (0.025, 0.975))
             result |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
         return result | {"ece": expected_calibration_error(probabilities.max(axis=1), chosen == truth)}
 
     @staticmethod
-    def _scores(truth: np.ndarray, chosen: np.ndarray, classes: int) -> tuple[float, float]:
-        confusion = np.bincount(truth * classes + chosen, minlength=classes**2).reshape(classes, classes)
-        hits, wanted, given = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-        seen = wanted + given > 0
-        return hits.sum() / len(truth), (2 * hits[seen] / (wanted + given)[seen]).mean()
+    def _scores(truth: np.ndarray, chosen: np.ndarray, classes: int) -> tuple[float, ...]:
+        """The values of `SCORES`."""
+        confusion = count_confusions(truth, chosen, classes)
+        seen = confusion.sum(axis=0) + confusion.sum(axis=1) > 0
+        by_class = class_scores(confusion)
+        macro = (by_class[name][seen].mean() for name in ("precision", "recall", "f1"))
+        return confusion.trace() / len(truth), *macro

@@ -14,6 +14,7 @@ from ...data.documents import load_rows, with_text
 from ...data.examples import Example, build_examples
 from ...errors import InputError
 from ...evaluation.metrics import HfLmClassification
+from ...evaluation.metrics.classification import SCORES, class_scores, count_confusions
 from ...modeling_hf_lm import HfLmForCausalLM, HfLmForSequenceClassification
 from ..trainer import HfLmTrainer
 from .base import Task
@@ -23,8 +24,8 @@ logger = logging.get_logger(__name__)
 
 def as_score(metrics: dict, prefix: str = "") -> dict:
     """What `HfLmClassification` gives, as metrics.json has it: intervals as pairs."""
-    score = {name: metrics[prefix + name] for name in ("accuracy", "macro_f1", "ece")}
-    for name in ("accuracy", "macro_f1"):
+    score = {name: metrics[prefix + name] for name in (*SCORES, "ece")}
+    for name in SCORES:
         score[f"{name}_interval"] = [metrics[f"{prefix}{name}_{end}"] for end in ("low", "high")]
     return score
 
@@ -186,14 +187,30 @@ class Classification(Task):
         return HfLmClassification().compute(predictions=predictions.tolist(), references=references)
 
     def score(self, trainer: HfLmTrainer) -> dict:
-        """On the test split, or without one on the validation split; `{}` if nothing is held out."""
+        """
+        Score the test split, or without one the validation split; `{}` if nothing is held out.
+
+        `confusion_matrix` has a row for each true label and a column for each predicted one, in the order of `names`.
+        """
         split, rows = ("test", self.test) if self.test else ("validation", trainer.eval_dataset)
         if rows is None:
             return {}
         self.split = split
-        metrics = trainer.predict(rows, metric_key_prefix=split).metrics
+        output = trainer.predict(rows, metric_key_prefix=split)
+        probabilities, references = self.probabilities(output)
         self.split = "validation"
-        return {"split": split, "examples": len(self.rows[split]), **as_score(metrics, f"{split}_")}
+        confusion = count_confusions(np.array(references), probabilities.argmax(axis=1), len(self.names))
+        by_class = {name: values.tolist() for name, values in class_scores(confusion).items()}
+        return {
+            "split": split,
+            "examples": len(self.rows[split]),
+            **as_score(output.metrics, f"{split}_"),
+            "per_class": {
+                label: {name: values[number] for name, values in by_class.items()}
+                for number, label in enumerate(self.names)
+            },
+            "confusion_matrix": confusion.tolist(),
+        }
 
     def scores(self, trainer: HfLmTrainer) -> dict:
         score, baselines = self.score(trainer), list(self.before)
