@@ -2,10 +2,11 @@
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import InputError
-from ..hub.files import outside_paths
+from ..hub.files import as_table, outside_paths
 
 
 def require_model(path: str) -> str:
@@ -52,7 +53,8 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     The causal language model (or another) in a folder or on the Hub, in evaluation mode, on the GPU if there is one.
 
     Raises:
-        InputError: see `require_model`; or the files cannot be read as a model, or lack weights.
+        InputError: see `require_model`; or the files cannot be read as a model, or lack weights; or a language model is
+            asked for, and this one has another head.
     """
     require_model(path)
     import hf_lm
@@ -62,12 +64,17 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     import transformers
 
     from ..interop.convert import readable
+    from ..interop.heads import check_is_language_model
     from ..interop.weights import check_complete, check_files, check_index
     from ..training.adapters import check_base
 
     if os.path.isdir(path):
         check_index(path)
         check_files([str(file) for file in sorted(Path(path).glob("*.safetensors"))])
+    if auto_class == "AutoModelForCausalLM":
+        with readable(path), suppress(OSError):  # no config.json, or out of reach: loading the model says so
+            config, _ = transformers.PreTrainedConfig.get_config_dict(path)
+            check_is_language_model(path, as_table(config), "hf-lm demo and the pipelines of transformers use it.")
     try:
         with readable(path):
             model, info = getattr(transformers, auto_class).from_pretrained(

@@ -10,7 +10,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm import (
+    HfLmConfig,
+    HfLmForCausalLM,
+    HfLmForQuestionAnswering,
+    HfLmForSequenceClassification,
+    HfLmForTokenClassification,
+)
 from hf_lm.cli import COMMANDS, main
 from hf_lm.tokenization import train_tokenizer
 
@@ -173,6 +179,34 @@ def test_mistakes_are_one_line_with_exit_code_2(folder, capsys, words, message):
     assert main([word.format(folder) for word in words]) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(message, error) and "\n" not in error.splitlines()[-1] and "Traceback" not in error
+
+
+LABELLING = {  # each command that needs a language model
+    "generate": [], "score": ["x"], "chat": [], "serve": [], "inspect": ["--text", "x", "--html", "page.html"],
+    "evaluate": ["--data", "book.txt"], "probe": ["--data", "book.txt"], "lm-eval": ["--tasks", "wikitext"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", [HfLmForSequenceClassification, HfLmForTokenClassification, HfLmForQuestionAnswering])
+def test_a_model_that_gives_labels_is_not_used_as_a_language_model(folder, tmp_path, monkeypatch, capsys, head):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("He was there.\n\n" * 20)
+    head(HfLmConfig.from_pretrained(folder)).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{folder}/{file}", tmp_path)
+    for command, options in LABELLING.items() if head is HfLmForSequenceClassification else [("score", ["x"])]:
+        assert main([command, str(tmp_path), *options]) == 2, command
+        error = capsys.readouterr().err.strip()
+        assert re.search(rf"{tmp_path}: is a .*\({head.__name__}\), not a language model", error), error
+        assert "\n" not in error and not (tmp_path / "page.html").exists()
+
+
+def test_an_adapter_that_gives_labels_is_not_used_as_a_language_model(tmp_path, capsys):
+    adapter = {"task_type": "SEQ_CLS", "peft_type": "LORA", "base_model_name_or_path": "somebody/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert main(["score", str(tmp_path), "x"]) == 2
+    assert "is a text classifier (adapter, task_type SEQ_CLS)" in capsys.readouterr().err
 
 
 def test_folder_without_weights_or_config_is_named(tmp_path, folder, capsys):
