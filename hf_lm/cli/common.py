@@ -2,11 +2,10 @@
 
 import argparse
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import InputError
-from ..hub.files import as_table, outside_paths
+from ..hub.files import outside_paths
 
 
 def require_model(path: str) -> str:
@@ -72,9 +71,8 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
         check_index(path)
         check_files([str(file) for file in sorted(Path(path).glob("*.safetensors"))])
     if auto_class == "AutoModelForCausalLM":
-        with readable(path), suppress(OSError):  # no config.json, or out of reach: loading the model says so
-            config, _ = transformers.PreTrainedConfig.get_config_dict(path)
-            check_is_language_model(path, as_table(config), "hf-lm demo and the pipelines of transformers use it.")
+        with readable(path):
+            check_is_language_model(path, "hf-lm demo and the pipelines of transformers use it.")
     try:
         with readable(path):
             model, info = getattr(transformers, auto_class).from_pretrained(

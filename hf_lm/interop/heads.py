@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from ..errors import InputError
-from ..hub.files import read_json
+from ..hub.files import as_table, read_json
 
 # end of the class's name: what such a model is, the Auto class that reads it
 HEADS = {
@@ -40,17 +42,22 @@ def head_of(config: dict, source: str) -> str | None:
     return head
 
 
-def check_is_language_model(source: str, config: dict, use: str = "") -> None:
+def check_is_language_model(source: str, use: str = "") -> None:
     """
     Args:
-        config: of the model, or of an adapter.
+        source: folder of a model or an adapter, or Hub id. One without a config.json in reach passes.
         use: a sentence on what to do instead.
 
     Raises:
-        InputError: the model, or the model that an adapter in the folder makes, gives labels instead of text.
+        InputError: the model, or the model that the adapter makes, gives labels instead of text.
     """
     task = read_json(Path(source) / "adapter_config.json").get("task_type")
-    head = ADAPTER_TASKS.get(task) or head_of(config, source)
+    head, name = ADAPTER_TASKS.get(task), f"adapter, task_type {task}"
+    if head is None:
+        try:
+            config = as_table(PreTrainedConfig.get_config_dict(source)[0])
+        except OSError:
+            return
+        head, name = head_of(config, source), class_name(config)
     if head is not None:
-        name = class_name(config) or f"adapter, task_type {task}"
         raise InputError(f"{source}: is {HEADS[head][0]} ({name}), not a language model. {use}".strip())

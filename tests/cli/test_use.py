@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from hf_lm import (
@@ -204,7 +205,7 @@ def test_a_model_that_gives_labels_is_not_used_as_a_language_model(folder, tmp_p
 def test_an_adapter_that_gives_labels_is_not_used_as_a_language_model(tmp_path, capsys):
     adapter = {"task_type": "SEQ_CLS", "peft_type": "LORA", "base_model_name_or_path": "somebody/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    (tmp_path / "adapter_model.safetensors").touch()
+    save_file({}, tmp_path / "adapter_model.safetensors")
     assert main(["score", str(tmp_path), "x"]) == 2
     assert "is a text classifier (adapter, task_type SEQ_CLS)" in capsys.readouterr().err
 
