@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,65 +10,13 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
-from ..errors import InputError, explained, one_line
+from ..errors import InputError, one_line
 from .hardware import device_type, has_fast_bfloat16
+from .keys import ModelArguments, TrainingKeys
 
 
 @dataclass
-class ModelArguments:
-    """What is trained: a new model (with a new tokenizer, unless one is named) or an existing checkpoint."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of the checkpoint to start from; none: a new model"}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "fields of HfLmConfig, as hidden_size=128,num_hidden_layers=6 or as a mapping in YAML"},
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of a tokenizer; default: the model's, or a new one"}
-    )
-    vocab_size: int = field(default=2048, metadata={"help": "size of a new tokenizer's vocabulary, in tokens"})
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "eager, sdpa, varlen, flash_attention_2, ...; default: the fastest for the device"},
-    )
-    tokenizer_kind: str = field(default="bpe", metadata={"help": "a new tokenizer's kind: bpe, byte or char"})
-    extend_vocab_size: int | None = field(
-        default=None, metadata={"help": "add so many tokens for the training text to the checkpoint's tokenizer"}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all weights"})
-    lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
-    lora_alpha: int = field(default=32, metadata={"help": "its update is scaled by lora_alpha / lora_r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapter"})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "names of the layers that get one; default: all linear layers but the head"}
-    )
-    license: str | None = field(default=None, metadata={"help": "licence of the resulting model, for its card"})
-    language: str | None = field(default=None, metadata={"help": "language of the text, as en or zh, for the card"})
-
-    def config_fields(self) -> dict:
-        """
-        `config_overrides` as a dict.
-
-        Raises:
-            InputError: not `name=value` pairs.
-        """
-        text = (self.config_overrides or "").strip()
-        fields = {}
-        with explained("config_overrides"):
-            if text.startswith("{"):
-                return json.loads(text)
-            for pair in filter(None, (part.strip() for part in text.split(","))):
-                name, separator, value = pair.partition("=")
-                if not separator:
-                    raise InputError(f"config_overrides: {pair!r} is not name=value.")
-                fields[name.strip()] = yaml.safe_load(value)
-        return fields
-
-
-@dataclass
-class HfLmTrainingArguments(TrainingArguments):
+class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
     """
     `TrainingArguments` with the defaults of from-scratch training and a few keys of our own.
 
@@ -77,59 +25,6 @@ class HfLmTrainingArguments(TrainingArguments):
     set, 0.322 over AdamW for all. What `recipes/addresses` sets (`muon_momentum` 0.8, `learning_rate` 0.006, scaled
     embeddings) gains 0.106 more, but only where text is read once or twice (`recipes/LOG.md`).
     """
-
-    output_dir: str | None = field(default="runs/hf_lm", metadata={"help": "folder that receives everything"})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 autocast; default: where the hardware is fast at it"}
-    )
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, trackio, wandb, ..., none"})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "hide NaN losses from the log (upstream's default; here they stop the run)"}
-    )
-    lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "shape of the learning rate"})
-    lr_decay_ratio: float = field(
-        default=0.4, metadata={"help": "share of the steps over which warmup_stable_decay falls to zero, linearly"}
-    )
-    muon_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "train the decoder layers' matrices with Muon at this rate; the rest by optim as usual"},
-    )
-    muon_momentum: float = field(default=0.95, metadata={"help": "Nesterov momentum of Muon"})
-    sample_prompts: list[str] | None = field(
-        default=None, metadata={"help": "texts to continue at each evaluation; an empty one starts a document"}
-    )
-    sample_tokens: int = field(default=64, metadata={"help": "length of these samples, in tokens"})
-    forecast: bool = field(
-        default=True, metadata={"help": "time some steps before the first one and say what the run will take"}
-    )
-    log_histograms: bool = field(default=False, metadata={"help": "weights to TensorBoard, at each evaluation"})
-    log_graph: bool = field(default=False, metadata={"help": "the model's graph to TensorBoard"})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after so many evaluations without a new best metric_for_best_model"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "delete the run that output_dir holds and start anew"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
-
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "upstream's key; every parameter of ours is used in every step"}
-    )
-    allow_changes: bool = field(
-        default=False, metadata={"help": "resume although arguments differ from the saved run"}
-    )
-    restart_missing_state: bool = field(
-        default=False, metadata={"help": "resume although state is missing (optimizer, ...): it starts anew"}
-    )
-    on_divergence: str = field(
-        default="stop",
-        metadata={
-            "help": "when loss or gradients are NaN or infinite: stop, skip the batch, or rollback to the last "
-            "checkpoint's weights and go on with the next batch"
-        },
-    )
-    max_divergences: int = field(default=10, metadata={"help": "stop after more than so many of them"})
-    spike_factor: float | None = field(
-        default=None, metadata={"help": "a loss so many times the mean of the last ones counts as diverged too"}
-    )
 
     # What must not change between a run and its continuation: everything that decides the weights.
     DECISIVE: ClassVar[tuple[str, ...]] = (

@@ -6,6 +6,8 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 import hf_lm
 from hf_lm.cli import COMMANDS
 
@@ -44,30 +46,26 @@ def public(module) -> list[tuple[str, object]]:
 
 def keys(group) -> str:
     """The keys that one dataclass adds to a recipe, as a table."""
-    inherited = {
-        field.name for base in group.__mro__[1:] for field in getattr(base, "__dataclass_fields__", {}).values()
-    }
-    own = vars(group).get("__annotations__", {})
+    inherited = {field.name for field in fields(TrainingArguments)}
     rows = ["| key | default | what |", "|---|---|---|"]
     for field in fields(group):
-        if field.name in own and "help" in field.metadata:
-            default = "" if field.default in (MISSING, None) else f"`{field.default}`"
-            changed = " (upstream's key)" if field.name in inherited else ""
-            rows.append(f"| `{field.name}` | {default} | {field.metadata['help'].replace('|', '/')}{changed} |")
+        default = "" if field.default in (MISSING, None) else f"`{field.default}`"
+        changed = " (upstream's key)" if field.name in inherited else ""
+        rows.append(f"| `{field.name}` | {default} | {field.metadata['help'].replace('|', '/')}{changed} |")
     return "\n".join(rows)
 
 
 def reference() -> str:
     """The whole page."""
     from hf_lm.data.arguments import DataArguments
-    from hf_lm.training.arguments import HfLmTrainingArguments, ModelArguments
+    from hf_lm.training.keys import ModelArguments, TrainingKeys
 
     parts = [
         "# Reference\n\nMade by `python recipes/guides/api_reference.py` from the docstrings; do not edit.\n",
         "## Commands\n\n| `hf-lm` | what it does |\n|---|---|",
         *(f"| `{name}` | {what} |" for name, (_, what) in COMMANDS.items()),
         "\n## Keys of a recipe\n\nAnd all keys of `transformers.TrainingArguments`.\n",
-        *(f"{keys(group)}\n" for group in (ModelArguments, DataArguments, HfLmTrainingArguments)),
+        *(f"{keys(group)}\n" for group in (ModelArguments, DataArguments, TrainingKeys)),
         "## The model\n",
         *(entry(f"hf_lm.{name}", getattr(hf_lm, name)) for name in hf_lm.__all__ if name[0] != "_"),
     ]
