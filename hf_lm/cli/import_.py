@@ -41,10 +41,13 @@ def read_text(file: str | None) -> str | None:
 
 def show(report: dict, destination: str, as_json: bool) -> int:
     """Print what was written and how well it agrees."""
+    from ..interop.heads import HEADS
+
     if as_json:
         print(json.dumps(report))
         return 0
-    print(f"{destination}: {report.get('family') or report.get('format')}, {report['dtype']}")
+    kind = HEADS[report["head"]].removeprefix("a ") + ", " if report.get("head") else ""
+    print(f"{destination}: {report.get('family') or report.get('format')}, {kind}{report['dtype']}")
     if "random_weights" in report:
         print(f"random weights, not compared: {', '.join(report['random_weights'])}")
         return 0

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,13 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .. import modeling_hf_lm
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, culprit, one_line
 from ..hub.files import check_sizes, library_is_silent
-from ..modeling_hf_lm import HfLmForCausalLM
+from ..modeling_hf_lm import HfLmPreTrainedModel
 from .families import choose_family, read_config
+from .heads import HEADS, head_of
 from .parity import compare, rounded
-from .weights import native_state_dict, source_config
+from .weights import check_loaded, native_state_dict, source_config
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
@@ -197,46 +200,62 @@ def import_checkpoint(
         with readable(folder):
             config_dict, _ = source_config(folder, **gguf)
             read_config(config_dict, source)  # refuses what the decoder does not have, before anything else is read
+            head = head_of(config_dict, source)
             tokenizer = load_tokenizer(folder, **gguf)
-            loaded = HfLmForCausalLM.from_pretrained(
-                folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=allow_missing,
-                output_loading_info=allow_missing, **gguf,
-            )  # fmt: skip
-        model, info = loaded if allow_missing else (loaded, {"missing_keys": (), "mismatched_keys": ()})
+            model, info = our_class(head).from_pretrained(
+                folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=True, output_loading_info=True, **gguf
+            )
+        if not allow_missing:
+            check_loaded(model, SimpleNamespace(**info, conversion_errors={}), folder, heads=("",))
         check_model(model, tokenizer, source)
         save(staging, model, tokenizer)
         saved_dtype = model.dtype
-        del model, loaded
+        del model
         report = {
             "source": source,
             "family": config_dict.get("model_type"),
+            "head": head,
             "dtype": str(saved_dtype).removeprefix("torch."),
         }
         random = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
         if random:
             return write_report(staging, report | {"random_weights": random})
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
-        ours = HfLmForCausalLM.from_pretrained(staging, dtype=torch.float32)
+        reference = auto_class(head).from_pretrained(folder, dtype=torch.float32, **gguf)
+        ours = our_class(head).from_pretrained(staging, dtype=torch.float32)
         rounded(reference, lambda weight: weight.to(saved_dtype))
         return write_report(staging, report | compare(ours, reference, tokenizer, text))
 
 
-def load_for_export(source: str, dtype: str) -> tuple[HfLmForCausalLM, PreTrainedTokenizerBase | None]:
+def auto_class(head: str | None) -> type:
+    """The Auto class of models with a head (a key of `HEADS`; None: a language model's)."""
+    return getattr(transformers, f"AutoModel{head or 'ForCausalLM'}")
+
+
+def our_class(head: str | None) -> type[HfLmPreTrainedModel]:
+    """As `auto_class`, of hf_lm."""
+    return getattr(modeling_hf_lm, f"HfLm{head or 'ForCausalLM'}")
+
+
+def load_for_export(source: str, dtype: str) -> tuple[HfLmPreTrainedModel, str | None, PreTrainedTokenizerBase | None]:
     """
-    The model to export and its tokenizer.
+    The model to export, its head (a key of `HEADS`; None: a language model's), and its tokenizer.
 
     Raises:
         InputError: they cannot be read.
     """
     with readable(source):
         HfLmConfig.from_pretrained(source)
+        head = head_of(source_config(source)[0], source)
         tokenizer = load_tokenizer(source)
-        model = HfLmForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, dtype)).eval()
+        model, info = our_class(head).from_pretrained(
+            source, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    check_loaded(model, SimpleNamespace(**info, conversion_errors={}), source, heads=("",))
     check_model(model, tokenizer, source)
-    return model, tokenizer
+    return model.eval(), head, tokenizer
 
 
-def to_native(model: HfLmForCausalLM, family: str | None = None) -> PreTrainedModel:
+def to_native(model: HfLmPreTrainedModel, family: str | None = None) -> PreTrainedModel:
     """
     The same model as one of the library's own classes, sharing its weights where the layouts agree.
 
@@ -246,13 +265,18 @@ def to_native(model: HfLmForCausalLM, family: str | None = None) -> PreTrainedMo
     Raises:
         InputError: no family (or not this one) has all options of the model; names those in the way.
     """
-    chosen = choose_family(model.config, family)
+    head = next((head for head in HEADS if isinstance(model, our_class(head))), None)
+    chosen = choose_family(model.config, family, head)
     config = chosen.from_hf_lm(model.config)
-    native = getattr(transformers, chosen.architecture).from_pretrained(
-        None, config=config, state_dict=native_state_dict(model, chosen), dtype=model.dtype
+    if head is not None:
+        config.id2label, config.problem_type = model.config.id2label, model.config.problem_type
+        config.label2id = model.config.label2id
+    native = chosen.native_class(head).from_pretrained(
+        None, config=config, state_dict=native_state_dict(model, chosen, head), dtype=model.dtype
     )
     native._weight_conversions = None  # so that the names in the file are those that the library writes by itself
-    native.generation_config = model.generation_config
+    if head is None:
+        native.generation_config = model.generation_config
     return native
 
 
@@ -264,17 +288,18 @@ def export_native(
 
     Arguments, result and errors as in `import_checkpoint` and `to_native`.
     """
-    model, tokenizer = load_for_export(source, dtype)
+    model, head, tokenizer = load_for_export(source, dtype)
     with staged(destination) as staging:
         native = to_native(model, family)
         save(staging, native, tokenizer)
         report = {
             "source": source,
             "family": native.config.model_type,
+            "head": head,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         del native
-        reloaded = AutoModelForCausalLM.from_pretrained(staging, dtype=torch.float32)
+        reloaded = auto_class(head).from_pretrained(staging, dtype=torch.float32)
         return write_report(staging, report | compare(reloaded, model.float(), tokenizer, text))
 
 
@@ -292,7 +317,11 @@ def export_onnx(source: str, destination: str | Path, dtype: str = "auto", text:
         exporter = OnnxExporter()
     except ImportError as error:
         raise InputError("--to onnx needs the packages of pip install hf-lm[onnx].") from error
-    model, tokenizer = load_for_export(source, "float32")
+    model, head, tokenizer = load_for_export(source, "float32")
+    if head == "ForSequenceClassification" and model.config.pad_token_id is None:
+        raise InputError(
+            f"{source}: a text classifier needs a pad_token_id (config.json) to read several texts at once."
+        )
     model.config.use_cache = False
     ids = torch.arange(2 * 7).reshape(2, 7) % model.config.vocab_size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -306,5 +335,5 @@ def export_onnx(source: str, destination: str | Path, dtype: str = "auto", text:
         def run(input_ids):
             return exported(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
 
-        report = {"source": source, "format": "onnx", "dtype": "float32"}
+        report = {"source": source, "format": "onnx", "head": head, "dtype": "float32"}
         return write_report(staging, report | compare(run, model, tokenizer, text))

@@ -8,15 +8,18 @@ was written forwards again and comparing. README.md in this folder tells how to 
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..configuration_hf_lm import ATTENTION_LAYER_TYPES, HfLmConfig
 from ..errors import InputError
+from .heads import HEADS
 
 # What a model of a family is unless its table says otherwise. (The defaults of HfLmConfig are the from-scratch model.)
 PLAIN = {
@@ -168,6 +171,7 @@ class Family:
         weights: the part of their weight's name -> ours, or how it is fused. The rest of a name is the same.
         conv1d: the linear layers (their names) that are stored transposed, as GPT-2's `Conv1D` is.
         base_prefix: their name for `model.`
+        token_score: their name for the head of a token classifier.
         load_only: further names, found in published files only: regular expression -> replacement.
         partial_rotary: whether `partial_rotary_factor` has an effect.
         nested_rope: each kind of layer has rotary parameters of its own.
@@ -182,6 +186,7 @@ class Family:
     weights: Mapping[str, str | Fused] = field(default_factory=dict)
     conv1d: tuple[str, ...] = ()
     base_prefix: str = "model"
+    token_score: str = "score"
     load_only: Mapping[str, str] = field(default_factory=dict)
     partial_rotary: bool = False
     nested_rope: bool = False
@@ -189,6 +194,13 @@ class Family:
     @property
     def config_class(self) -> type[PreTrainedConfig]:
         return CONFIG_MAPPING[self.model_type]
+
+    def native_class(self, head: str | None) -> type[transformers.PreTrainedModel] | None:
+        """Their class with a head (a key of `HEADS`; None: a language model's), None if they have none."""
+        if head is None:
+            return getattr(transformers, self.architecture)
+        task = re.sub(r"(?<!^)(?=[A-Z])", "_", head).upper()
+        return getattr(transformers, f"MODEL_{task}_MAPPING").get(self.config_class, None)
 
     @property
     def copies_weights(self) -> bool:
@@ -389,6 +401,7 @@ TABLES = (
             "mlp.dense_4h_to_h": "mlp.down_proj",
         },
         base_prefix="gpt_neox",
+        token_score="classifier",
         load_only={r"^embed_out\.": "lm_head."},
         partial_rotary=True,
     ),
@@ -418,6 +431,7 @@ TABLES = (
         },
         conv1d=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         base_prefix="transformer",
+        token_score="classifier",
     ),
 )
 FAMILIES = {family.model_type: family for family in TABLES}
@@ -466,20 +480,27 @@ def read_config(config_dict: dict[str, Any], source: str) -> dict[str, Any]:
     return ours | {"model_type": HfLmConfig.model_type}
 
 
-def choose_family(config: HfLmConfig, wanted: str | None = None) -> Family:
+def choose_family(config: HfLmConfig, wanted: str | None = None, head: str | None = None) -> Family:
     """
     The first family that can hold a model with exactly these options, or the wanted one if it can.
+
+    Args:
+        head: of the model, a key of `HEADS`; None: a language model's.
 
     Raises:
         InputError: none can, or not the wanted one; names the nearest one and the options it lacks.
     """
     if wanted is not None and wanted not in FAMILIES:
         raise InputError(f"family must be one of {', '.join(FAMILIES)}, got {wanted!r}.")
-    lacking = {name: FAMILIES[name].differences(config) for name in ([wanted] if wanted else FAMILIES)}
+    able = [name for name in ([wanted] if wanted else FAMILIES) if FAMILIES[name].native_class(head)]
+    if not able:
+        raise InputError(f"transformers has no {wanted} class for {HEADS[head]}.")
+    lacking = {name: FAMILIES[name].differences(config) for name in able}
     name, options = min(lacking.items(), key=lambda item: len(item[1]))
     if not options:
         return FAMILIES[name]
     listed = "; ".join(f"{option} is {mine!r}, there {theirs!r}" for option, (mine, theirs) in options.items())
+    kind = f"a class for {HEADS[head]} and " if head else ""
     raise InputError(
-        f"No family of native checkpoints has all options of this model. The nearest is {name}, but for: {listed}."
+        f"No family of native checkpoints has {kind}all options of this model. The nearest is {name}, but for: {listed}."
     )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..errors import InputError
 from .convert import DTYPES, load_for_export, staged, to_native, write_report
 from .families import FAMILIES, choose_family
+from .heads import HEADS
 from .parity import compare, default_text, rounded
 
 FILE_NAME = "model.gguf"
@@ -179,7 +180,12 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
     except ImportError as error:
         raise InputError("--to gguf needs the package gguf: pip install hf-lm[gguf].") from error
 
-    model, tokenizer = load_for_export(source, "auto")
+    model, head, tokenizer = load_for_export(source, "auto")
+    if head is not None:
+        raise InputError(
+            f"{source}: is {HEADS[head]} ({type(model).__name__}), whose head a GGUF file does not hold; --to native and "
+            "--to onnx keep it."
+        )
     if dtype == "auto":
         dtype = next(name for name, value in DTYPES.items() if value == model.dtype)
     architecture = gguf_family(model.config)

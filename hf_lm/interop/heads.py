@@ -7,11 +7,11 @@ from transformers import PreTrainedConfig
 from ..errors import InputError
 from ..hub.files import as_table, read_json
 
-# end of the class's name: what such a model is, the Auto class that reads it
+# end of the class's name: what such a model is
 HEADS = {
-    "ForSequenceClassification": ("a text classifier", "AutoModelForSequenceClassification"),
-    "ForTokenClassification": ("a token classifier", "AutoModelForTokenClassification"),
-    "ForQuestionAnswering": ("a question-answering model", "AutoModelForQuestionAnswering"),
+    "ForSequenceClassification": "a text classifier",
+    "ForTokenClassification": "a token classifier",
+    "ForQuestionAnswering": "a question-answering model",
 }
 # PEFT's name of an adapter's task: the end of the class's name
 ADAPTER_TASKS = {
@@ -60,4 +60,4 @@ def check_is_language_model(source: str, use: str = "") -> None:
             return
         head, name = head_of(config, source), class_name(config)
     if head is not None:
-        raise InputError(f"{source}: is {HEADS[head][0]} ({name}), not a language model. {use}".strip())
+        raise InputError(f"{source}: is {HEADS[head]} ({name}), not a language model. {use}".strip())

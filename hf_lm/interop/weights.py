@@ -96,23 +96,32 @@ def conversions(family: Family) -> list[WeightTransform]:
 
 
 def loading_conversions(family: Family) -> list[WeightTransform]:
-    """As `conversions`, and what only published files need: other names, and files of a model without a head."""
+    """As `conversions`, and what only published files need: other names, and files of a model without or with a head."""
     aliases = dict(family.load_only)
     prefix = family.base_prefix + "."
+    if prefix == "model.":  # question answering of some families
+        aliases[r"^transformer\.(embed_tokens|layers|norm)\."] = r"model.\1."
+    if family.token_score != "score":
+        aliases[rf"^{family.token_score}\."] = "score."
     tops = sorted({name.removeprefix(prefix).split(".")[0] for name in family.weights if name.startswith(prefix)})
     if tops and prefix != "model.":
         aliases[rf"^({'|'.join(tops)})\."] = rf"{prefix}\1."
     return [*(WeightRenaming(source, target) for source, target in aliases.items()), *conversions(family)]
 
 
-def native_state_dict(model: HfLmPreTrainedModel, family: Family) -> dict[str, torch.Tensor]:
-    """The weights of an hf_lm model under the names and in the layouts of a family."""
+def native_state_dict(model: HfLmPreTrainedModel, family: Family, head: str | None) -> dict[str, torch.Tensor]:
+    """The weights of an hf_lm model under the names and in the layouts of a family's class with this head."""
     before = getattr(model, "_weight_conversions", None)
     model._weight_conversions = conversions(family)
     try:
-        return revert_weight_conversion(model, model.state_dict())
+        weights = revert_weight_conversion(model, model.state_dict())
     finally:
         model._weight_conversions = before
+    renamed = {family.base_prefix: family.native_class(head).base_model_prefix}
+    if head == "ForTokenClassification":
+        renamed["score"] = family.token_score
+    parts = {name: name.partition(".") for name in weights}
+    return {f"{renamed.get(top, top)}{dot}{rest}": weights[name] for name, (top, dot, rest) in parts.items()}
 
 
 def check_files(files: list[str]) -> set[str]:
@@ -195,18 +204,20 @@ class WeightsError(InputError, RuntimeError):
     """Weights that do not fit; also the RuntimeError that callers of `from_pretrained` expect here."""
 
 
-def check_loaded(model: PreTrainedModel, info, source: str, with_head: bool) -> None:
+def check_loaded(model: PreTrainedModel, info, source: str, heads: tuple[str, ...]) -> None:
     """
-    Weights that are missing, left over or of another shape are an error. A new classification head may be without
-    weights, and `lm_head`, too, if the file is that of a base model, not `with_head`.
+    Weights that are missing, left over or of another shape are an error.
+
+    Args:
+        heads: what the names of weights outside the decoder that must be there start with. (A new classification head
+            may be without weights, and `lm_head`, too, if the file is that of a base model.)
 
     Raises:
         InputError: naming the tensors.
     """
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    expected = (base, "lm_head.") if with_head else (base,)
-    missing = [name for name in info.missing_keys - tied if name.startswith(expected)]
+    missing = [name for name in set(info.missing_keys) - tied if name.startswith((base, *heads))]
     unexpected = [name for name in info.unexpected_keys if name.startswith(base) or "layers." in name]
     if not base:
         unexpected = [name for name in unexpected if not re.match(r"(lm_head|score|qa_outputs|classifier)\.", name)]
@@ -233,7 +244,7 @@ def check_complete(model: PreTrainedModel, info: dict, source: str) -> None:
         raise WeightsError(f"{source}: the weights lack {_listed(missing)}.")
     if not isinstance(model, HfLmPreTrainedModel):  # published checkpoints carry what only their training needs
         info = info | {"unexpected_keys": set()}
-    check_loaded(model, SimpleNamespace(**info, conversion_errors={}), source, with_head=True)
+    check_loaded(model, SimpleNamespace(**info, conversion_errors={}), source, heads=("",))
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
@@ -326,7 +337,7 @@ def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, exp
         return info, offload_index
     if not load_config.ignore_mismatched_sizes and not _reporting.get() and (family is not None or checkpoint_files):
         with_head = family is not None or any(name.startswith("model.") for name in names)
-        check_loaded(model, info, source, with_head)
+        check_loaded(model, info, source, ("lm_head.",) if with_head else ())
     return info, offload_index
 
 

@@ -197,9 +197,9 @@ def test_a_model_that_gives_labels_is_not_used_as_a_language_model(folder, tmp_p
         shutil.copy(f"{folder}/{file}", tmp_path)
     for command, options in LABELLING.items() if head is HfLmForSequenceClassification else [("score", ["x"])]:
         assert main([command, str(tmp_path), *options]) == 2, command
-        error = capsys.readouterr().err.strip()
+        error = capsys.readouterr().err.splitlines()[-1]
         assert re.search(rf"{tmp_path}: is a .*\({head.__name__}\), not a language model", error), error
-        assert "\n" not in error and not (tmp_path / "page.html").exists()
+        assert not (tmp_path / "page.html").exists()
 
 
 def test_an_adapter_that_gives_labels_is_not_used_as_a_language_model(tmp_path, capsys):
