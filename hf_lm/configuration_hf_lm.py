@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the hf_lm decoder-only Transformer language model."""
 
+import os
+import sys
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +11,33 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
+PER_LAYER = {"layer_types": "layer_type", "no_rope_layers": "has_rope"}  # lists: the attribute of a layer
+
+# What the Auto classes find in the config.json of a saved model.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hf_lm.HfLmConfig",
+    "AutoModel": "modeling_hf_lm.HfLmModel",
+    "AutoModelForCausalLM": "modeling_hf_lm.HfLmForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hf_lm.HfLmForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hf_lm.HfLmForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_hf_lm.HfLmForQuestionAnswering",
+}
+# transformers copies the files that a code file imports along with it, and finds them by a pattern, in strings as well:
+# the config of a model from the Hub has all files at hand to save them.
+IMPORTED_LATER = """
+from .modeling_hf_lm import HfLmModel
+"""
+
+
+def add_default_adapter_targets() -> None:
+    """
+    If PEFT is loaded, let it adapt this model as it adapts a Llama where no target modules are given. It has no call
+    for that, but tables by `model_type`.
+    """
+    for module in ("peft.utils.constants", "peft.tuners.adaption_prompt.config"):
+        for name, table in vars(sys.modules.get(module, object)).items():
+            if name.startswith("TRANSFORMERS_MODEL") and "llama" in table:
+                table.setdefault(HfLmConfig.model_type, table["llama"])
 
 
 @strict
@@ -23,7 +52,7 @@ class HfLmConfig(PreTrainedConfig):
         vocab_size (`int`): number of rows of the embedding matrix.
         hidden_size (`int`): width of the residual stream.
         intermediate_size (`int`, *optional*): width of the MLP; default `4 * hidden_size` for a plain MLP, two thirds
-            of that for a gated one (the same number of parameters).
+            of that for a gated one (the same number of parameters), rounded up to a multiple of 32.
         num_hidden_layers (`int`): number of decoder layers.
         num_attention_heads (`int`): number of query heads.
         num_key_value_heads (`int`, *optional*): number of key/value heads (grouped-query attention,
@@ -168,16 +197,63 @@ class HfLmConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
-            self.intermediate_size = self.hidden_size * 4 if self.mlp_type == "plain" else self.hidden_size * 8 // 3
+            is_plain = self.mlp_type == "plain"
+            self.intermediate_size = self.hidden_size * 4 if is_plain else -(-self.hidden_size // 12) * 32
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
+        for name in PER_LAYER:
+            values = getattr(self, name)
+            if values and len(set(values)) == 1:  # tools that add or remove layers write num_hidden_layers alone
+                setattr(self, name, values[:1] * self.num_hidden_layers)
         super().__post_init__(**kwargs)
         # The library calls these as well, but wraps what they raise in an exception that is no ValueError.
         self.validate_sizes()
         self.validate_heads()
         self.validate_layers()
         self.validate_blocks()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "num_hidden_layers":  # too short a list is repeated; one that is too long keeps what it says
+            for name in PER_LAYER:
+                values = self.__dict__.get(name)
+                if values and len(values) < value:
+                    setattr(self, name, (values * value)[:value])
+
+    def fit_to_layers(self, layers) -> None:
+        """Make the lists say what a model's layers are: some may have been added, copied, moved or removed."""
+        for name, attribute in PER_LAYER.items():
+            known = getattr(self, name) or []
+            values = [getattr(layer, attribute, value) for layer, value in zip(layers, known, strict=False)]
+            if values != known:
+                setattr(self, name, values)
+
+    def to_dict(self) -> dict:
+        add_default_adapter_targets()  # PEFT asks for this dict before it looks up the targets
+        return super().to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        Save as transformers does, with all code that `auto_map` names, unless `_auto_class` is None: weights added to
+        the folder make a model that loads where hf_lm is not installed.
+        """
+        for name in PER_LAYER:
+            if getattr(self, name):
+                setattr(self, name, getattr(self, name)[: self.num_hidden_layers])
+        known = self.__dict__.pop("auto_map", None) or {}
+        if self._auto_class is not None:
+
+            def is_here(reference: str) -> bool:
+                return os.path.isfile(os.path.join(save_directory, f"{reference.split('.')[0]}.py"))
+
+            # Of what was in the map, only a class whose file was just written: that of a model derived from ours.
+            self.auto_map = AUTO_MAP | {key: value for key, value in known.items() if is_here(str(value))}
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if known:
+                self.auto_map = known
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
@@ -300,4 +376,4 @@ class HfLmConfig(PreTrainedConfig):
         return {layer_type: rope[layer_type] for layer_type in layer_types}
 
 
-__all__ = ["HfLmConfig"]
+__all__ = ["AUTO_MAP", "HfLmConfig"]

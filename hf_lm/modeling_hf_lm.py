@@ -7,8 +7,6 @@ Token embedding -> decoder layers (multi-head self-attention, MLP, norms, residu
 The file stands alone (torch, transformers and its two siblings): they are copied to the Hub beside the weights.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from copy import copy
 
@@ -17,7 +15,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
@@ -35,7 +32,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_hf_lm import HfLmConfig
+from .configuration_hf_lm import AUTO_MAP, HfLmConfig
 from .functional_hf_lm import (
     apply_rotary_pos_emb,
     attention_masks,
@@ -239,6 +236,8 @@ class HfLmDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HfLmConfig, layer_idx: int):
         super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        self.has_rope = config.no_rope_layers and config.no_rope_layers[layer_idx]
         self.parallel_residual = config.parallel_residual
         self.residual_multiplier = config.residual_multiplier
         self.self_attn = HfLmAttention(config, layer_idx)
@@ -269,7 +268,7 @@ class HfLmDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         attention_input = self._norm(0, hidden_states)
         attention_output, _ = self.self_attn(
-            attention_input,
+            hidden_states=attention_input,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -309,34 +308,27 @@ class HfLmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HfLmScaledEmbedding):
             init.constant_(module.embed_scale, module.scalar_embed_scale)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, save_code: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, *args, save_code: bool = True, **kwargs):
         """
-        As upstream, but the folder's `auto_map` names every class of this file, whichever of them is saved (upstream
-        names that one; of a model wrapped by FSDP it saves torch's code in place of ours).
+        As in transformers, but `HfLmConfig.save_pretrained` writes the code, of all classes of this file. (transformers
+        writes that of the saved one; of a model wrapped by FSDP it saves torch's code instead of ours.)
 
         Args:
             save_code: False leaves out the Python files and `auto_map`: loading then takes the installed package.
         """
-        config, known = self.config, self.config.__dict__.pop("auto_map", None)
-        # The code of a class derived elsewhere is for upstream to find.
+        # The code of a class derived elsewhere is for transformers to find.
         own = type(self).__module__ == __name__ or type(self).__name__.startswith("FSDP")
-        if save_code and own and self.is_remote_code():
-            config.auto_map = dict(AUTO_MAP)
-            if self.should_save_on_this_rank(is_main_process):
-                os.makedirs(save_directory, exist_ok=True)
-                for file in (__file__, *get_relative_import_files(__file__)):
-                    shutil.copyfile(file, os.path.join(save_directory, os.path.basename(file)))
-        if not save_code:
-            config._auto_class = None
         if own or not save_code:
-            self.is_remote_code = lambda: False
+            self._auto_class, self.is_remote_code = None, lambda: False  # the first is asked before transformers 5.10
+        if not save_code:
+            self.config._auto_class = None
+        self.config.fit_to_layers(getattr(self, self.base_model_prefix, self).layers)
         try:
-            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.__dict__.pop("is_remote_code", None)
-            config.__dict__.pop("_auto_class", None)
-            if known is not None:
-                config.auto_map = known
+            for name in ("_auto_class", "is_remote_code"):
+                self.__dict__.pop(name, None)
+            self.config.__dict__.pop("_auto_class", None)
 
 
 class HfLmModel(HfLmPreTrainedModel):
@@ -414,9 +406,11 @@ class HfLmModel(HfLmPreTrainedModel):
         if given.numel() == 0:
             raise ValueError(f"The input must hold at least one token, got shape {tuple(given.shape)}.")
         if inputs_embeds is None:
-            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
+            size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)  # without it: an adapter's
+            check_ids("input_ids", input_ids, size)
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
+            self.config.fit_to_layers(self.layers)
             past_key_values = DynamicCache(config=self.config)
 
         masks, attention_kwargs = attention_masks(
@@ -432,7 +426,9 @@ class HfLmModel(HfLmPreTrainedModel):
         hidden_states = self.embedding_dropout(hidden_states)
 
         position_embeddings = self._position_embeddings(hidden_states, position_ids)
-        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers, strict=False):
+        # The config says how many layers there are now: assistants leave early, tools add and remove layers.
+        for i, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            layer_type = getattr(decoder_layer, "layer_type", self.config.layer_types[i])
             hidden_states = decoder_layer(
                 hidden_states,
                 position_embeddings=position_embeddings[layer_type],
@@ -467,6 +463,11 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         if self.config.final_logit_softcapping is not None:
             logits = self.config.final_logit_softcapping * torch.tanh(logits / self.config.final_logit_softcapping)
         return logits
+
+    def generate(self, *args, **kwargs):
+        """As in transformers, which makes the cache from the config's list of layers."""
+        self.config.fit_to_layers(self.model.layers)
+        return super().generate(*args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs):
         """As upstream, which copies each mask as a tensor: those of FlexAttention are none, `forward` makes them."""
@@ -590,17 +591,8 @@ class HfLmForQuestionAnswering(GenericForQuestionAnswering, HfLmPreTrainedModel)
         self.post_init()
 
 
-# What the Auto classes find in the config.json of a saved model.
-AUTO_MAP = {
-    "AutoConfig": "configuration_hf_lm.HfLmConfig",
-    "AutoModel": "modeling_hf_lm.HfLmModel",
-    "AutoModelForCausalLM": "modeling_hf_lm.HfLmForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_hf_lm.HfLmForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_hf_lm.HfLmForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_hf_lm.HfLmForQuestionAnswering",
-}
-
 __all__ = [
+    "AUTO_MAP",
     "HfLmForCausalLM",
     "HfLmForQuestionAnswering",
     "HfLmForSequenceClassification",

@@ -57,7 +57,10 @@ IMPOSSIBLE = [
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "head_dim": 2},
         'rope_type "dynamic" needs more than 2 rotated dimensions a head',
     ),
-    ({"layer_types": ["full_attention"]}, "layer_types has 1 entries, but num_hidden_layers is 6"),
+    (
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+        "layer_types has 2 entries, but num_hidden_layers is 6",
+    ),
     ({"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries, but num_hidden_layers is 6"),
     (
         {"no_rope_layers": [2] * 6},
@@ -111,7 +114,8 @@ def test_what_is_left_out_follows_from_the_rest():
     assert (config.num_key_value_heads, config.head_dim, config.intermediate_size) == (6, 16, 384)
     assert config.layer_types == ["full_attention"] * 2
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
-    assert HfLmConfig(hidden_size=96, mlp_type="gated").intermediate_size == 256
+    gated = [HfLmConfig(hidden_size=size, mlp_type="gated").intermediate_size for size in (64, 96, 128, 768)]
+    assert gated == [192, 256, 352, 2048]  # two thirds of four times, up to a multiple of 32
     assert set(HfLmConfig(sliding_window=8).layer_types) == {"sliding_attention"}
 
 
@@ -126,6 +130,19 @@ def test_config_survives_a_file(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is HfLmConfig and loaded.to_diff_dict() == config.to_diff_dict()
+
+
+def test_lists_of_one_value_follow_the_number_of_layers(tmp_path):
+    config = HfLmConfig(num_hidden_layers=2, no_rope_layers=[1, 1])
+    config.num_hidden_layers = 3
+    assert (config.layer_types, config.no_rope_layers) == (["full_attention"] * 3, [1] * 3)
+    config.num_hidden_layers = 1  # as an assistant that leaves early; only a file has to agree
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == ["full_attention"]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "num_hidden_layers": 4}))  # by a merging tool
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == ["full_attention"] * 4
+    assert AutoConfig.from_pretrained(tmp_path, num_hidden_layers=5).no_rope_layers == [1] * 5
 
 
 def test_legacy_rope_keys_are_understood():

@@ -20,6 +20,7 @@ elif mode == "--with-hf-lm":
 elif importlib.util.find_spec("hf_lm"):
     sys.exit("this environment has hf_lm")
 
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments  # noqa: E402
@@ -69,7 +70,14 @@ for head in HEADS:
     again = load(head, folder)
     assert all(torch.equal(left, right) for left, right in zip(model.parameters(), again.parameters(), strict=True))
 
+# What a merging tool writes: a config that was saved alone, and weights.
 model = load("AutoModelForCausalLM", model_id)
+folder = os.path.join(output, "merged")
+AutoConfig.from_pretrained(model_id, trust_remote_code=mode != "--with-hf-lm").save_pretrained(folder)
+safetensors.torch.save_model(model, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+assert code_of(folder) == result["code"]
+assert outputs_of(load("AutoModelForCausalLM", folder)) == outputs_of(model)
+
 inputs = tokenizer("Call me", return_tensors="pt", return_token_type_ids=False)
 result["tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
 
