@@ -118,10 +118,13 @@ class _Candidates:
         (width, layers), vocabulary, batch = SHAPES[place[0]], VOCABULARIES[place[1]], BATCHES[place[2]]
         trainer = self.build(width, layers, vocabulary, batch)
         costs, arguments = forecast(trainer, seconds=seconds)["costs"], trainer.args
-        step = costs["step"] + costs["save"] / max(arguments.save_steps, 1)
-        if arguments.eval_strategy == "steps":
-            step += (costs["evaluation"] + costs["samples"]) / arguments.eval_steps
-        fixed = self.prepared[vocabulary][1] + 2.5  # seconds: that of the run's own forecast
+        step, fixed = costs["step"], self.prepared[vocabulary][1] + 2.5  # seconds: that of the run's own forecast
+        pauses = [(arguments.save_strategy, arguments.save_steps, costs["save"])]
+        pauses.append((arguments.eval_strategy, arguments.eval_steps, costs["evaluation"] + costs["samples"]))
+        for strategy, every, seconds in pauses:
+            if strategy == "steps":  # below 1: a share of the run
+                step += seconds / every if every >= 1 else 0.0
+                fixed += seconds / every if every < 1 else 0.0
         steps = max(int((self.budget - fixed) / step), 1)
         tokens = steps * costs["tokens"]
         read = self.text * tokens / (len(trainer.train_dataset) * self.parts[1].block_size)

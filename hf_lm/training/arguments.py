@@ -1,18 +1,20 @@
 """The keys of a training recipe: a YAML file first, the command line over it, every key and type checked."""
 
-import difflib
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import ClassVar, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from ..configuration_hf_lm import HfLmConfig
 from ..data.arguments import DataArguments
 from ..errors import InputError, one_line
 from .hardware import device_type, has_fast_bfloat16
-from .keys import ModelArguments, TrainingKeys
+from .keys import ModelArguments, TrainingKeys, defaults_of_run
+from .recipe_file import Key, read_recipe, read_words
+from .synonyms import hint
 
 
 @dataclass
@@ -62,20 +64,29 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
         super().__post_init__()
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
+GROUPS = (ModelArguments, DataArguments, HfLmTrainingArguments)
 
 
-def _tokens(name: str, value, action) -> list[str]:
-    """One YAML entry as command-line words, so that both are checked by the same code."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        if action.nargs not in ("+", "*"):
-            raise InputError(f"{name}: expected one value, got the list {value}.")
-        return [f"--{name}", *(str(item) for item in value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+@cache
+def recipe_keys() -> dict[str, Key]:
+    """Every key that a recipe may have, by name."""
+    keys = {}
+    for group in GROUPS:
+        hints = get_type_hints(group)
+        keys |= {field.name: Key(field, hints[field.name]) for field in fields(group) if field.init}
+    return keys
+
+
+@contextmanager
+def said_of(where: str) -> Iterator[None]:
+    """
+    Raises:
+        InputError: the block's, with the place where the value stands in front.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, HfLmTrainingArguments]:
@@ -84,44 +95,50 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
 
     Args:
         path: YAML file with a flat mapping of keys to values.
-        overrides: command-line words, `--key value ...`; they win over the file.
+        overrides: command-line words, `--key value ...`; they win over the file. Fields of a mapping
+            (`--config_overrides hidden_size=64`) are put into the file's mapping; `null` unsets a key; `max_steps` unsets
+            the file's `num_train_epochs`, and the other way round.
 
     Raises:
         InputError: the file cannot be read, a key is unknown (the closest known one is named) or a value has the
             wrong type.
     """
-    parser = _Parser((ModelArguments, DataArguments, HfLmTrainingArguments), allow_abbrev=False)
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    keys = recipe_keys()
 
-    def unknown(key: str, where: str) -> InputError:
-        close = difflib.get_close_matches(key, actions, n=1)
-        return InputError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+    def known(name: str) -> Key:
+        if name not in keys:
+            raise InputError(f"unknown key {name!r}{hint(name, keys, HfLmConfig.__dataclass_fields__)}")
+        return keys[name]
 
+    values, commanded = {}, set()
+    with said_of(path):
+        for name, value in read_recipe(path).items():
+            key = known(str(name))
+            values[key.name] = value if value is None else key.convert(value)
+    with said_of("command line"):
+        for name, words in read_words(overrides, keys):
+            if name.startswith("no_") and name[3:] in keys and not words:
+                name, words = name[3:], ["false"]
+            value = known(name).from_words(words)
+            value = value if value is None else keys[name].convert(value)
+            both = isinstance(value, dict) and isinstance(values.get(name), dict)
+            values[name] = values[name] | value if both else value
+            commanded.add(name)
+    for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
+        if name in commanded and values[name] is not None and other not in commanded:
+            values.pop(other, None)
+    if isinstance(arguments := values.get("optim_args"), dict):  # text to transformers
+        values["optim_args"] = ",".join(f"{name}={value}" for name, value in arguments.items())
+    values = {name: value for name, value in values.items() if value is not None or keys[name].may_be_none}
+    values = defaults_of_run(values.get("model_name_or_path") is None, values) | values
+    values = {name: value for name, value in values.items() if value is not None}
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path}: must hold keys and values, got {type(recipe).__name__}.")
-
-    words = []
-    for key, value in recipe.items():
-        if key not in actions:
-            raise unknown(str(key), path)
-        words += _tokens(key, value, actions[key])
-    try:
-        parser.parse_args(words)  # by itself first, so that an error names the file
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    try:
-        *parsed, left_over = parser.parse_args_into_dataclasses([*words, *overrides], return_remaining_strings=True)
+        return tuple(
+            group(**{field.name: values[field.name] for field in fields(group) if field.name in values})
+            for group in GROUPS
+        )
     except InputError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
-        keys = [key for key, value in recipe.items() if str(error).startswith(f"{value} ")]
-        raise InputError(": ".join([*keys[:1], one_line(error)])) from error
-    if left_over:
-        raise unknown(left_over[0].lstrip("-").split("=")[0].replace("-", "_"), "command line")
-    return tuple(parsed)
+        named = [name for name, value in values.items() if str(error).startswith((f"{value} ", f"{value!r} "))]
+        raise InputError(": ".join([*named[:1], one_line(error)])) from error

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -16,6 +15,8 @@ from ..analysis.forecast import peak_memory
 from ..analysis.report import write_report
 from ..data.documents import data_sha256
 from .curve import plot_loss_curve
+from .keys import defaults_of_run
+from .recipe_file import write_yaml
 from .trainer import HfLmTrainer
 
 RECIPE_FILE = "recipe.yaml"  # what a folder must hold to count as one of our runs
@@ -24,24 +25,26 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "hf
 NOT_IN_RECIPE = {"overwrite", "resume", "allow_changes", "restart_missing_state", "use_cpu", "do_eval"}
 
 
-def recipe_of(*arguments) -> dict:
-    """The keys of these argument dataclasses that differ from their defaults: the recipe that would run the same."""
+def recipe_of(model_arguments, data_arguments, training_arguments) -> dict:
+    """The keys that a recipe must have to run the same: those that differ from what an empty recipe would get."""
     recipe = {}
-    for group in arguments:
+    of_run = defaults_of_run(model_arguments.model_name_or_path is None, {})
+    for group in (model_arguments, data_arguments, training_arguments):
         default = type(group)()
         for field in fields(group):
             value, usual = (
                 getattr(getattr(of, field.name), "value", getattr(of, field.name)) for of in (group, default)
             )
-            plain = isinstance(value, str | int | float | bool | list | dict)
-            if plain and value != usual and field.init and field.name not in NOT_IN_RECIPE:
+            plain = isinstance(value, str | int | float | bool | list | dict) or field.name in of_run
+            differs = value != usual or value != of_run.get(field.name, usual)
+            if plain and differs and field.init and field.name not in NOT_IN_RECIPE:
                 recipe[field.name] = value
     return recipe
 
 
 def write_recipe(folder: Path, recipe: dict) -> None:
     """Keep the recipe in the output folder."""
-    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    (folder / RECIPE_FILE).write_text(write_yaml(recipe), encoding="utf-8")
 
 
 def git_revision() -> str | None:

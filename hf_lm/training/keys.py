@@ -4,12 +4,42 @@ The keys that this package adds to a recipe: those of the model, and those besid
 Nothing here imports torch, so that `hf-lm train --help` answers at once.
 """
 
-import json
+import os
 from dataclasses import dataclass, field
 
-import yaml
+from .recipe_file import read_mapping
 
-from ..errors import InputError, explained
+# What a recipe gets that does not name these keys, measured by recipes/benchmarks/defaults.py. Steps below 1 are shares
+# of the run.
+EVERY_RUN = {
+    "warmup_steps": 0.02,
+    "logging_steps": 0.01,
+    "eval_strategy": "steps",
+    "eval_steps": 0.25,
+    "save_steps": 0.25,
+}
+NEW_MODEL = {"learning_rate": 0.003, "muon_learning_rate": 0.02, "adam_beta2": 0.95}
+
+
+def defaults_of_run(is_new: bool, named: dict) -> dict:
+    """
+    Values of keys that a recipe does not name, where they are not those of the dataclasses.
+
+    Args:
+        is_new: a new model is trained, not a checkpoint.
+        named: the recipe. Named evaluations decide when it saves, and the other way round, so that the best checkpoint
+            can be kept; another optimizer than ours, or DeepSpeed, trains all weights without Muon.
+    """
+    values = EVERY_RUN | (NEW_MODEL if is_new else {})
+    if named.get("save_strategy") == "epoch":
+        values["eval_strategy"] = "epoch"
+    if "save_steps" in named:
+        values["eval_steps"] = named["save_steps"]
+    if "eval_steps" in named:
+        del values["save_steps"]
+    if named.get("optim") or named.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        values.pop("muon_learning_rate", None)
+    return {name: value for name, value in values.items() if name not in named}
 
 
 @dataclass
@@ -19,7 +49,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "folder or Hub id of the checkpoint to start from; none: a new model"}
     )
-    config_overrides: str | None = field(
+    config_overrides: dict | str | None = field(
         default=None,
         metadata={"help": "fields of HfLmConfig, as hidden_size=128,num_hidden_layers=6 or as a mapping in YAML"},
     )
@@ -52,17 +82,8 @@ class ModelArguments:
         Raises:
             InputError: not `name=value` pairs.
         """
-        text = (self.config_overrides or "").strip()
-        fields = {}
-        with explained("config_overrides"):
-            if text.startswith("{"):
-                return json.loads(text)
-            for pair in filter(None, (part.strip() for part in text.split(","))):
-                name, separator, value = pair.partition("=")
-                if not separator:
-                    raise InputError(f"config_overrides: {pair!r} is not name=value.")
-                fields[name.strip()] = yaml.safe_load(value)
-        return fields
+        fields = self.config_overrides or {}
+        return read_mapping("config_overrides", fields) if isinstance(fields, str) else dict(fields)
 
 
 @dataclass
@@ -73,7 +94,9 @@ class TrainingKeys:
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 autocast; default: where the hardware is fast at it"}
     )
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, trackio, wandb, ..., none"})
+    report_to: str | list[str] = field(
+        default="tensorboard", metadata={"help": "tensorboard, trackio, wandb, ..., several of them, or none"}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "hide NaN losses from the log (upstream's default; here they stop the run)"}
     )

@@ -18,6 +18,7 @@ from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
 from ..arguments import HfLmTrainingArguments, ModelArguments
 from ..hardware import fit_to_cpu, fit_to_gpu
+from ..synonyms import FIELDS, closest
 from ..trainer import HfLmTrainer
 
 
@@ -129,9 +130,11 @@ class Task(ABC):
                     )
                 add_embeddings(model, len(tokenizer), self.stands_for)
             return model
-        unknown = sorted(set(arguments.config_fields()) - set(HfLmConfig.__dataclass_fields__))
-        if unknown:
-            raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}.")
+        known = HfLmConfig.__dataclass_fields__
+        if unknown := sorted(set(arguments.config_fields()) - set(known)):
+            close = closest(unknown[0], known, FIELDS)
+            meant = f"; did you mean {close!r}?" if close else "."
+            raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}{meant}")
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": self.data_arguments.block_size}
         with explained("config_overrides"):
