@@ -8,16 +8,18 @@ from .import_ import add_shared, read_text, show
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="model folder or Hub id")
-    parser.add_argument("destination", metavar="DST", help="new folder")
-    parser.add_argument("--to", choices=("native", "gguf", "onnx"), default="native", help="format (default native)")
+    parser.add_argument("destination", metavar="DST", help="new folder, or a new .gguf file")
+    formats = ("native", "gguf", "onnx")
+    parser.add_argument("--to", choices=formats, help="format (default native; gguf where DST ends in .gguf)")
     add_shared(parser, ("auto", "float32", "float16", "bfloat16", "q8_0"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..errors import InputError
 
-    if arguments.dtype == "q8_0" and arguments.to != "gguf":
-        raise InputError(f"--dtype q8_0 is for --to gguf only, got --to {arguments.to}.")
+    to = arguments.to or ("gguf" if arguments.destination.endswith(".gguf") else "native")
+    if arguments.dtype == "q8_0" and to != "gguf":
+        raise InputError(f"--dtype q8_0 is for --to gguf only, got --to {to}.")
     if os.path.isfile(os.path.join(arguments.source, "adapter_config.json")):
         raise InputError(f"SRC: {arguments.source} is an adapter; hf-lm merge takes it into its base model first.")
     text = read_text(arguments.text)
@@ -26,6 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     register_auto_classes()
     from ..interop import convert, gguf
 
-    export = {"native": convert.export_native, "gguf": gguf.export_gguf, "onnx": convert.export_onnx}[arguments.to]
+    export = {"native": convert.export_native, "gguf": gguf.export_gguf, "onnx": convert.export_onnx}[to]
     report = export(arguments.source, arguments.destination, arguments.dtype, text=text)
     return show(report, arguments.destination, arguments.json)

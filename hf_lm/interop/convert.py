@@ -32,25 +32,30 @@ from ..modeling_hf_lm import HfLmPreTrainedModel
 from .families import choose_family, read_config
 from .heads import HEADS, head_of
 from .parity import compare, rounded
-from .weights import check_loaded, native_state_dict, source_config
+from .weights import check_loaded, gguf_head_dim, native_state_dict, source_config
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
+REPORT = "parity.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
-def staged(destination: str | Path) -> Iterator[Path]:
+def staged(destination: str | Path, files: dict[str, Path] | None = None) -> Iterator[Path]:
     """
     A new folder beside `destination` that takes its name when all went well, and is removed when not.
 
+    Args:
+        files: where there is to be no folder: which of its files take which paths, `destination` among them.
+
     Raises:
-        InputError: `destination` exists already and is not an empty folder, or cannot be written.
+        InputError: `destination` (or one of the files) exists already and is not an empty folder, or cannot be written.
     """
     destination = Path(destination)
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise InputError(f"{destination}: exists already; name a new folder.")
+    for path in files.values() if files else [destination]:
+        if path.exists() and (files or not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path}: exists already; name a new {'file' if files else 'folder'}.")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
@@ -59,7 +64,8 @@ def staged(destination: str | Path) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
-        os.replace(folder, destination)
+        for name, path in files.items() if files else [("", destination)]:
+            os.replace(folder / name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -168,7 +174,7 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
@@ -220,7 +226,9 @@ def import_checkpoint(
         random = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
         if random:
             return write_report(staging, report | {"random_weights": random})
-        reference = auto_class(head).from_pretrained(folder, dtype=torch.float32, **gguf)
+        reference = auto_class(head).from_pretrained(
+            folder, dtype=torch.float32, **gguf, **gguf_head_dim(folder, **gguf)
+        )
         ours = our_class(head).from_pretrained(staging, dtype=torch.float32)
         rounded(reference, lambda weight: weight.to(saved_dtype))
         return write_report(staging, report | compare(ours, reference, tokenizer, text))

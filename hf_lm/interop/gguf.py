@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from .convert import DTYPES, load_for_export, staged, to_native, write_report
+from .convert import DTYPES, REPORT, load_for_export, staged, to_native, write_report
 from .families import FAMILIES, choose_family
 from .heads import HEADS
 from .parity import compare, default_text, rounded
+from .weights import gguf_head_dim
 
 FILE_NAME = "model.gguf"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -42,8 +43,6 @@ def gguf_family(config) -> str:
         "mlp_bias": False,
         "sliding_window": None,
     }
-    if architecture == "qwen3":
-        plain["head_dim"] = 128  # the library's reader takes it for granted
     blocking = {name: getattr(config, name) for name, value in plain.items() if getattr(config, name) != value}
     if config.rope_parameters["rope_type"] != "default":
         blocking["rope_type"] = config.rope_parameters["rope_type"]
@@ -110,8 +109,10 @@ def add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
+    if isinstance(templates := tokenizer.chat_template, dict):
+        templates = [{"name": name, "template": template} for name, template in templates.items()]
+    if templates is not None:
+        writer.add_chat_template(templates)
 
 
 def add_sizes(writer, config, file_type: int, name: str) -> None:
@@ -167,9 +168,11 @@ def add_tensors(writer, native: PreTrainedModel, architecture: str, dtype: str) 
 
 def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text: str | None = None) -> dict[str, Any]:
     """
-    Write `model.gguf`, tokenizer and chat template included, and read it again with the library to compare.
+    Write a GGUF file, tokenizer and chat templates included, and read it again with transformers to compare.
 
     Args:
+        destination: a path that ends in `.gguf`, beside which `.parity.json` is written; or a new folder for
+            `model.gguf` and `parity.json`.
         dtype: a key of `TYPES`; "auto": that of the weights. The comparison is with our model's weights, rounded to it.
 
     Returns, raises: as `convert.export_native`; and `same_tokens`, whether the library's reading of the file's tokenizer
@@ -191,9 +194,12 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
     architecture = gguf_family(model.config)
     if tokenizer is None:
         raise InputError(f"{source}: has no tokenizer, which a GGUF file must hold.")
-    with staged(destination) as staging:
+    destination, files = Path(destination), None
+    if destination.suffix == ".gguf":
+        files = {FILE_NAME: destination, REPORT: destination.with_suffix(f".{REPORT}")}
+    with staged(destination, files) as staging:
         writer = GGUFWriter(staging / FILE_NAME, architecture)
-        add_sizes(writer, model.config, LlamaFileType[TYPES[dtype][1]], Path(destination).name)
+        add_sizes(writer, model.config, LlamaFileType[TYPES[dtype][1]], destination.name.removesuffix(".gguf"))
         add_tokenizer(writer, tokenizer, model.config.vocab_size)
         add_tensors(writer, to_native(model, architecture), architecture, dtype)
         writer.write_header_to_file()
@@ -205,9 +211,12 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
             kind = type_of(dtype, weight.numpy())
             return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kind), kind))
 
-        reloaded = AutoModelForCausalLM.from_pretrained(staging, gguf_file=FILE_NAME, dtype=torch.float32)
+        file = {"gguf_file": FILE_NAME}
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            staging, dtype=torch.float32, **file, **gguf_head_dim(staging, **file)
+        )
         text = default_text() if text is None else text
-        read = AutoTokenizer.from_pretrained(staging, gguf_file=FILE_NAME)
+        read = AutoTokenizer.from_pretrained(staging, **file)
         same = [one(text, add_special_tokens=False)["input_ids"] for one in (read, tokenizer)]
         report = {"source": source, "format": "gguf", "family": architecture, "dtype": dtype}
         report |= compare(reloaded, rounded(model.float(), as_written), tokenizer, text)

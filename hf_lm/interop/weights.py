@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils import cached_file
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
@@ -267,9 +268,23 @@ def source_config(name, cls: type[PreTrainedConfig] = PreTrainedConfig, **kwargs
         OSError: there is none, or it is no JSON.
     """
     try:
-        return PreTrainedConfig.get_config_dict.__func__(cls, name, **kwargs)
+        config_dict, left = PreTrainedConfig.get_config_dict.__func__(cls, name, **kwargs)
     except (TypeError, AttributeError) as error:
         raise InputError(f"{name}: config.json holds no JSON object.") from error
+    return config_dict | gguf_head_dim(name, **kwargs), left
+
+
+def gguf_head_dim(name, gguf_file: str | None = None, **kwargs) -> dict[str, int]:
+    """`head_dim` as a GGUF file states it, where transformers takes its family's default instead; else nothing."""
+    if gguf_file is None:
+        return {}
+    from gguf import GGUFReader
+
+    options = {key: kwargs[key] for key in CONFIG_ARGUMENTS if kwargs.get(key)}
+    fields = GGUFReader(cached_file(name, gguf_file, **options)).fields
+    family = FAMILIES.get(fields["general.architecture"].contents())
+    size = fields.get(f"{family.model_type}.attention.key_length") if family and "head_dim" in family.fields else None
+    return {} if size is None else {"head_dim": size.contents()}
 
 
 def _source_family(name, kwargs: dict) -> Family | None:
@@ -300,7 +315,7 @@ def _from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         # The library maps a GGUF file's names by the model's own type, and such a model cannot be saved: let it build
         # the family's model, whose tensors become ours without a copy.
         shared = {key: kwargs.pop(key) for key in (*CONFIG_ARGUMENTS, "dtype", "device_map") if key in kwargs}
-        native = AutoModelForCausalLM.from_pretrained(name, **shared)
+        native = AutoModelForCausalLM.from_pretrained(name, **shared, **gguf_head_dim(name, **shared))
         config_dict = native.config.to_dict()
         config_dict.pop("quantization_config", None)
         family = family_of(config_dict, str(name))
