@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..data.collator import SIZE
 from ..evaluation.quality import sample_quality, token_calibration
 from ..hub.card import RESULTS, class_rows, compute_facts, read_recipe, shown
 from ..training.callbacks import continue_prompts
@@ -55,7 +56,8 @@ def measure_quality(trainer) -> dict:
     if not (trainer.is_world_process_zero() or trainer.is_sharded) or not model.can_generate():
         return quality
     if trainer.eval_dataset is not None and trainer.args.world_size == 1:
-        quality = token_calibration(model, islice(trainer.get_eval_dataloader(), CALIBRATED))
+        batches = islice(trainer.get_eval_dataloader(), CALIBRATED)
+        quality = token_calibration(model, ({k: batch[k] for k in batch if k != SIZE} for batch in batches))
     if trainer.args.sample_prompts and isinstance(trainer.train_dataset, Dataset):
         samples = [sample["text"].removeprefix(sample["prompt"]) for sample in continue_prompts(trainer, PER_PROMPT)]
         text = ""

@@ -1,12 +1,15 @@
 """Blocks to batches."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .packing import IGNORED
+
+SIZE = "num_bytes"  # column: UTF-8 bytes of the text that a row's learned tokens cover
 
 
 @dataclass
@@ -55,3 +58,16 @@ class PackedCollator:
         filled[: len(begins)] = begins
         borders, longest = torch.from_numpy(filled), position_ids.shape[1]
         return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+@dataclass
+class SizedCollator:
+    """Another collator, whose batches also hold `num_bytes`, `(rows,)`, where the rows have it."""
+
+    collator: Callable[[list[dict]], dict]
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.collator([{name: row[name] for name in row if name != SIZE} for row in rows])
+        if all(SIZE in row for row in rows):
+            batch[SIZE] = torch.tensor([int(row[SIZE]) for row in rows])
+        return batch

@@ -7,14 +7,18 @@ from functools import cache
 from typing import ClassVar, get_type_hints
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..configuration_hf_lm import HfLmConfig
 from ..data.arguments import DataArguments
 from ..errors import InputError, one_line
 from .hardware import device_type, has_fast_bfloat16
 from .keys import ModelArguments, TrainingKeys, defaults_of_run
+from .metrics import decide_direction, greater_is_better
 from .recipe_file import Key, read_recipe, read_words
 from .synonyms import hint
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -39,11 +43,6 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
 
     also_decisive: ClassVar[dict] = {}  # keys of model and data, where a recipe is run
 
-    def decisive(self) -> dict:
-        """The arguments that decide the weights, as a checkpoint's manifest keeps them."""
-        values = {name: getattr(self, name) for name in self.DECISIVE}
-        return {name: getattr(value, "value", value) for name, value in values.items()} | self.also_decisive
-
     def __post_init__(self):
         device = "cpu" if self.use_cpu else device_type()
         if self.on_divergence not in ("stop", "skip", "rollback"):
@@ -61,7 +60,29 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
             if self.early_stopping_patience < 1:
                 raise InputError(f"early_stopping_patience: must be at least 1, got {self.early_stopping_patience}.")
             self.load_best_model_at_end = True
+        given = self.greater_is_better
         super().__post_init__()
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = decide_direction(self.metric_for_best_model, given)
+
+
+def add_own_keys(arguments: TrainingArguments) -> None:
+    """Give plain `TrainingArguments`, or a user's subclass of them, the keys of `HfLmTrainingArguments` at their defaults."""
+    for key in fields(TrainingKeys):
+        if not hasattr(arguments, key.name):
+            setattr(arguments, key.name, key.default)
+    # transformers takes every metric whose name does not end in "loss" for one that is better when greater.
+    known = greater_is_better(arguments.metric_for_best_model or "")
+    if known is not None and known != arguments.greater_is_better:
+        logger.warning(f"greater_is_better: set to {known}, because that is so of {arguments.metric_for_best_model}.")
+        arguments.greater_is_better = known
+
+
+def decisive(arguments: TrainingArguments) -> dict:
+    """The arguments that decide the weights, as a checkpoint's manifest keeps them."""
+    values = {name: getattr(arguments, name) for name in HfLmTrainingArguments.DECISIVE}
+    own = getattr(arguments, "also_decisive", {})
+    return {name: getattr(value, "value", value) for name, value in values.items()} | own
 
 
 GROUPS = (ModelArguments, DataArguments, HfLmTrainingArguments)

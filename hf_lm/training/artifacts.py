@@ -74,7 +74,7 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
     Args:
         seconds: wall-clock time of the whole run, data and evaluation included.
     """
-    arguments, blocks = trainer.args, trainer.train_dataset
+    arguments, blocks, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
     facts = {
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
@@ -98,7 +98,7 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
             "license": data_arguments.data_license,
             "sha256": data_sha256(data_arguments),
             "train_bytes": int(sum(blocks["num_bytes"])) if isinstance(blocks, Dataset) else None,
-            "validation_bytes": None if trainer.eval_bytes is None else int(sum(trainer.eval_bytes)),
+            "validation_bytes": int(sum(held_out["num_bytes"])) if isinstance(held_out, Dataset) else None,
         },
         "versions": {name: version(name) for name in PACKAGES},
     }

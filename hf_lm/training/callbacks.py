@@ -3,11 +3,12 @@
 import json
 import signal
 import sys
-import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
@@ -122,8 +123,13 @@ def outlive_first_signal(seed_worker, worker_id: int) -> None:
         seed_worker(worker_id)
 
 
-def end_workers(loader: weakref.ref) -> None:
-    """Persistent workers, at the end of Python: `multiprocessing` sends one signal, which they outlive, and waits."""
+def end_workers(loader: Callable[[], DataLoader | None]) -> None:
+    """
+    End persistent workers, at the end of Python too: `multiprocessing` sends one signal, which they outlive, and waits.
+
+    Args:
+        loader: a weak reference, or what else gives the loader.
+    """
     iterator = getattr(loader(), "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..errors import InputError
+from .arguments import decisive
 
 MANIFEST = "manifest.json"
 ASIDE = "_saving"  # with such a name, the trainer's pushes to the Hub leave it out
@@ -213,7 +214,7 @@ def checkpoint_to_resume(arguments, named: str | None = None) -> Path:
     The newest valid checkpoint in `output_dir`, or the one that is named; one process looks, all learn what it found.
 
     Args:
-        arguments: `HfLmTrainingArguments`.
+        arguments: `HfLmTrainingArguments`, or what `add_own_keys` has made of others.
         named: one without a manifest (the stock trainer's) is taken as it is.
 
     Raises:
@@ -235,7 +236,7 @@ def checkpoint_to_resume(arguments, named: str | None = None) -> Path:
                 if named and (reason := damage(found[0])):
                     raise InputError(f"{named} is damaged: {reason}.")
                 choices = (arguments.allow_changes, arguments.restart_missing_state)
-                require_complete(found[0], arguments.decisive(), *choices, report)
+                require_complete(found[0], decisive(arguments), *choices, report)
         except InputError as error:
             found[1] = error
     checkpoint, error = broadcast_object_list(found)

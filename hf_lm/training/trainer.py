@@ -26,12 +26,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 from transformers.utils import logging
 
-from ..data.collator import PackedCollator
+from ..data.collator import SIZE, PackedCollator, SizedCollator
 from ..data.packing import IGNORED
 from ..data.streams import EndlessStream
 from ..errors import InputError
 from ..evaluation.text import TextScore, token_log_probabilities
-from .arguments import HfLmTrainingArguments
+from .arguments import HfLmTrainingArguments, add_own_keys, decisive
 from .callbacks import end_workers, outlive_first_signal
 from .checkpoints import (
     ASIDE,
@@ -46,6 +46,7 @@ from .checkpoints import (
     without_crc32,
 )
 from .divergence import TrainingDiverged, Watch, norm_of, sampler_of
+from .metrics import BITS_PER_BYTE, LANGUAGE_MODELING, WholeSet, missing_metric_explained, require_reported
 from .optimizers import MuonAdamW, lay_out_states
 
 logger = logging.get_logger(__name__)
@@ -65,9 +66,13 @@ class HfLmTrainer(Trainer):
       `args.on_divergence` says.
     - a stream is read over and over, and each process takes its share of it.
 
+    Any `TrainingArguments` will do; keys that they lack are at the defaults of `HfLmTrainingArguments`.
+
+    Bits per byte need a column `num_bytes` in the rows of a held-out set: the UTF-8 bytes of the text that a row's tokens
+    cover, as `pack_documents` and `build_examples` write it. Without it there is loss and perplexity.
+
     Args:
-        eval_bytes: UTF-8 bytes of the text that the tokens of each row of `eval_dataset` cover; without them no bits
-            per byte.
+        eval_bytes: `num_bytes` of an `eval_dataset` that has no such column.
         row_likelihoods: what `compute_metrics` gets: of each row the negative log-likelihood of its labels, in nats,
             and their number, instead of logits and labels.
     """
@@ -76,18 +81,25 @@ class HfLmTrainer(Trainer):
 
     def __init__(self, *args, eval_bytes: list[int] | None = None, row_likelihoods: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, HfLmTrainingArguments):
+            add_own_keys(self.args)
         if self.is_fsdp_enabled:  # a checkpoint is a model folder, however many processes made it
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         elif self.is_world_process_zero() and (
             self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "0"))
         ):
             logger.warning("fsdp: not on a CPU, where accelerate does not shard: each process holds the whole model.")
-        self.row_likelihoods = row_likelihoods or self.compute_metrics is None
-        if self.compute_metrics is None:
-            self.compute_metrics = self._language_modeling_metrics
-        self.eval_bytes = eval_bytes
+        self.models_language = self.compute_metrics is None
+        self.row_likelihoods = row_likelihoods or self.models_language
+        if self.models_language:
+            self.compute_metrics = WholeSet(self._language_modeling_metrics)
+        if eval_bytes is not None and SIZE not in (getattr(self.eval_dataset, "column_names", None) or [SIZE]):
+            if len(eval_bytes) != len(self.eval_dataset):
+                raise InputError(f"eval_bytes: holds {len(eval_bytes)} numbers for {len(self.eval_dataset)} rows.")
+            self.eval_dataset = self.eval_dataset.add_column(SIZE, eval_bytes)
         self.train_tokens, self.train_seconds = 0, 0.0
         self._length = 0  # tokens of a row of the last batch
+        self._scores: tuple[int, dict] = (-1, {})  # of the last evaluation, and its step
         self.watch = Watch(self)
         self._pace: tuple[float, int] | None = None  # time and tokens when the last log, evaluation or save was over
         self._losses: list[torch.Tensor] = []  # of the batches of the update under way
@@ -108,6 +120,8 @@ class HfLmTrainer(Trainer):
 
     def go_on(self, checkpoint: str | None, **kwargs) -> TrainOutput:
         """`train`, from a checkpoint on that `checkpoint_to_resume` has found good."""
+        if self.models_language and self.args.eval_strategy != "no":
+            require_reported(self.args.metric_for_best_model, self._reported())
         if checkpoint:
             self.restore_progress(checkpoint)
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -182,6 +196,10 @@ class HfLmTrainer(Trainer):
         else:
             drops, collator = self.args.dataloader_drop_last, self.data_collator
             self.args.dataloader_drop_last = drops and is_training  # what is held out is evaluated to the last row
+            self._set_signature_columns_if_needed()
+            columns = self._signature_columns
+            if self.models_language and not is_training:
+                self._signature_columns, self.data_collator = [*columns, SIZE], SizedCollator(collator)
             if is_training and self.args.torch_compile and isinstance(collator, PackedCollator):
                 # An epoch's last batch, where smaller, would make all that follow run in a graph for any size.
                 self.data_collator = replace(collator, fill_to_rows=self.args.train_batch_size)
@@ -189,6 +207,7 @@ class HfLmTrainer(Trainer):
                 loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
             finally:
                 self.args.dataloader_drop_last, self.data_collator = drops, collator
+                self._signature_columns = columns
         inner = getattr(loader, "base_dataloader", loader)  # of accelerate's, which only passes on
         inner.worker_init_fn = partial(outlive_first_signal, inner.worker_init_fn)
         if inner.persistent_workers:
@@ -251,9 +270,24 @@ class HfLmTrainer(Trainer):
         devices = self.args.world_size
         return model_flops_utilization(self.model, self._length, tokens_per_second, self.args.device, devices)
 
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        if not isinstance(eval_dataset, str | None):  # with persistent workers transformers keeps that of another set
+            end_workers(lambda: getattr(self, "_eval_dataloaders", {}).pop("eval", None))
+        return super().get_eval_dataloader(eval_dataset)
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # whether somebody looks must not change the training's numbers
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        if not args and not kwargs.keys() - {"ignore_keys"}:
+            self._scores = self.state.global_step, metrics
+        return metrics
+
+    def held_out_scores(self) -> dict[str, float]:
+        """`evaluate()`, without doing it again where the last step has been evaluated and its weights are those kept."""
+        step, metrics = self._scores
+        best = self.state.best_model_checkpoint and self.args.load_best_model_at_end
+        kept = self.state.best_global_step if best else self.state.global_step
+        return metrics if step == kept == self.state.global_step else self.evaluate()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -376,7 +410,7 @@ class HfLmTrainer(Trainer):
             "divergences": self.watch.count,
             "losses": list(self.watch.losses),
         }
-        facts = {"step": self.state.global_step, "arguments": self.args.decisive(), PROGRESS: progress}
+        facts = {"step": self.state.global_step, "arguments": decisive(self.args), PROGRESS: progress}
 
         @whole_or_nothing(run, name)
         def seal_it() -> None:
@@ -439,19 +473,51 @@ class HfLmTrainer(Trainer):
         self.lr_scheduler.load_state_dict(schedule)
         return f"rolled back to {checkpoint.name}"
 
+    def evaluation_loop(self, *args, **kwargs):
+        if isinstance(self.compute_metrics, WholeSet):
+            self.compute_metrics.reset()
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Nats, and tokens or, for the own metrics, tokens and bytes (0 where unknown), of each row."""
         if not self.row_likelihoods:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with self.compute_loss_context_manager():
-            inputs = self._prepare_inputs(inputs)
+            inputs = dict(self._prepare_inputs(inputs))
+            sizes = inputs.pop(SIZE, None)
             nats = -token_log_probabilities(model, **inputs).sum(dim=1)
-        return None, nats, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum(dim=1)
+        if not self.models_language:
+            return None, nats, tokens
+        if sizes is None:
+            sizes = torch.zeros_like(tokens)
+        elif len(sizes) != len(tokens):  # a collator that makes one long row of all
+            sizes = sizes.sum().expand(len(tokens))
+        return None, nats, torch.stack([tokens, sizes], dim=1)
+
+    def _reported(self) -> tuple[str, ...]:
+        """Names of the own metrics of all held-out sets."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        names = []
+        for name, rows in sets.items():
+            columns = getattr(rows, "column_names", None)
+            found = LANGUAGE_MODELING + (BITS_PER_BYTE if columns is None or SIZE in columns else ())
+            names += [f"{name}_{metric}" if name else metric for metric in found]
+        return tuple(names)
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with missing_metric_explained():
+            return super()._evaluate(*args, **kwargs)
+
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        with missing_metric_explained():
+            return super()._determine_best_metric(*args, **kwargs)
 
     def _language_modeling_metrics(self, rows: EvalPrediction) -> dict[str, float]:
-        nats, tokens = rows.predictions.astype("float64").tolist(), rows.label_ids.tolist()
-        score = TextScore(nats, tokens, self.eval_bytes or [], [0] * len(nats))  # blocks in order, as of one text
+        nats, (tokens, sizes) = rows.predictions.astype("float64").tolist(), rows.label_ids.T.tolist()
+        score = TextScore(nats, tokens, sizes, [0] * len(nats))  # blocks in order, as of one text
         metrics = {"loss": score.loss, "perplexity": score.perplexity, "tokens": sum(tokens)}
-        if self.eval_bytes:
+        if any(sizes):
             low, high = score.interval()
             metrics |= {"bits_per_byte": score.bits_per_byte, "bits_per_byte_low": low, "bits_per_byte_high": high}
         return metrics

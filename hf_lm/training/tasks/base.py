@@ -18,6 +18,7 @@ from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
 from ..arguments import HfLmTrainingArguments, ModelArguments
 from ..hardware import fit_to_cpu, fit_to_gpu
+from ..metrics import BITS_PER_BYTE, LANGUAGE_MODELING, WholeSet, require_reported
 from ..synonyms import FIELDS, closest
 from ..trainer import HfLmTrainer
 
@@ -48,6 +49,7 @@ class Task(ABC):
         model_class: makes a new model.
         compute_metrics: the trainer's; None for loss, perplexity and bits per byte.
         row_likelihoods: the trainer's: what `compute_metrics` gets.
+        reported: names of the metrics of an evaluation, each of which `training.metrics` has.
     """
 
     auto_class = AutoModelForCausalLM
@@ -55,6 +57,7 @@ class Task(ABC):
     peft_task_type = "CAUSAL_LM"
     compute_metrics = None
     row_likelihoods = False
+    reported = LANGUAGE_MODELING + BITS_PER_BYTE
 
     def __init__(self, model: ModelArguments, data: DataArguments, training: HfLmTrainingArguments):
         self.model_arguments, self.data_arguments, self.training_arguments = model, data, training
@@ -160,6 +163,8 @@ class Task(ABC):
     def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
         """Tokenizer, data and model in a trainer that is ready to run, or to go on from a checkpoint."""
         arguments = self.training_arguments
+        if arguments.eval_strategy != "no":
+            require_reported(arguments.metric_for_best_model, self.reported)
         with arguments.main_process_first(desc="data"):  # the others read its cache
             self.rows = self.load()
             tokenizer = (
@@ -187,15 +192,13 @@ class Task(ABC):
             arguments.eval_strategy = "no"
         if arguments.early_stopping_patience is not None and arguments.eval_strategy == "no":
             raise InputError("early_stopping_patience: needs held-out data and an eval_strategy, steps or epoch.")
-        sized = evaluation is not None and "num_bytes" in evaluation.column_names
         return HfLmTrainer(
             model=model,
             args=arguments,
             train_dataset=encoded["train"],
             eval_dataset=evaluation,
-            eval_bytes=[int(size) for size in evaluation["num_bytes"]] if sized else None,
             data_collator=self.collator(tokenizer),
-            compute_metrics=self.compute_metrics,
+            compute_metrics=self.compute_metrics and WholeSet(self.compute_metrics),
             row_likelihoods=self.row_likelihoods,
             processing_class=tokenizer,
         )
@@ -204,7 +207,7 @@ class Task(ABC):
         """The numbers on what was held out, for metrics.json; main ones first."""
         if trainer.eval_dataset is None:
             return {}
-        held_out = trainer.evaluate()
+        held_out = trainer.held_out_scores()
         names = ("bits_per_byte", "perplexity", "loss", "tokens")
         numbers = {name if name[0] in "bp" else f"eval_{name}": held_out[f"eval_{name}"] for name in names}
         interval = [held_out["eval_bits_per_byte_low"], held_out["eval_bits_per_byte_high"]]

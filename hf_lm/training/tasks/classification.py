@@ -53,6 +53,7 @@ class Classification(Task):
     """
 
     template, words = "{text}", ("",)
+    reported = ("loss", *(name + part for name in SCORES for part in ("", "_low", "_high")), "ece")
     split = "validation"  # that is being scored
     before: list[dict] = []  # what was scored before training
 
@@ -184,7 +185,9 @@ class Classification(Task):
 
     def compute_metrics(self, rows: EvalPrediction) -> dict[str, float]:
         predictions, references = self.probabilities(rows)
-        return HfLmClassification().compute(predictions=predictions.tolist(), references=references)
+        right = predictions[np.arange(len(references)), references].clip(np.finfo(float).tiny)
+        scores = HfLmClassification().compute(predictions=predictions.tolist(), references=references)
+        return {"loss": float(-np.log(right).mean()), **scores}
 
     def score(self, trainer: HfLmTrainer) -> dict:
         """
