@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from functools import reduce
@@ -15,67 +14,13 @@ import httpx
 import openai
 import psutil
 import pytest
-import torch
-import uvicorn
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
-from hf_lm.serving import MAX_BODY, build_app
-from hf_lm.tokenization import train_tokenizer
+from hf_lm.serving import MAX_BODY
 
-CONTEXT = 1024
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}"
-    "{% endif %}{{ message['content'] }}\n{% endfor %}"
-)
+CONTEXT = 1024  # of conftest's model
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 DEEP = reduce(lambda inner, _: {"a": inner}, range(700), 1)  # Python's limit is 1000
-
-
-@pytest.fixture(scope="module")
-def tokenizer(moby_dick):
-    return train_tokenizer([moby_dick[:50_000]], 300)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "zero_init_residual": False}
-    config = HfLmConfig(vocab_size=300, max_position_embeddings=CONTEXT, pad_token_id=tokenizer.pad_token_id, **sizes)
-    return HfLmForCausalLM(config).eval()  # without an eos: answers are as long as they may be
-
-
-@contextmanager
-def running(app):
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def text(model, tokenizer):
-    with running(build_app("whale", model, tokenizer)) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def chat(model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    tokenizer.save_pretrained(folder)
-    copy = type(tokenizer).from_pretrained(folder)
-    copy.chat_template = TEMPLATE
-    with running(build_app("whale", model, copy)) as client:
-        yield client
 
 
 def refused(response, status: int, reason: str) -> None:
@@ -92,7 +37,7 @@ def test_openai_client_gets_whole_and_streamed_answers(text, chat):
     chunks = list(client.completions.create(**ask, stream=True))
     assert whole.choices[0].text == "".join(chunk.choices[0].text for chunk in chunks) != ""
     assert whole.choices[0].finish_reason == chunks[-1].choices[0].finish_reason == "length"
-    assert whole.usage == chunks[-1].usage and whole.usage.completion_tokens == 12
+    assert whole.usage.completion_tokens == 12 and chunks[-1].usage is None
     client = openai.OpenAI(base_url=f"{chat.base_url}/v1", api_key="none", max_retries=0)
     ask = {"model": "whale", "messages": [{"role": "user", "content": "Call me"}], "max_tokens": 12, "temperature": 0}
     whole, chunks = client.chat.completions.create(**ask), list(client.chat.completions.create(**ask, stream=True))
@@ -115,11 +60,12 @@ def test_settings_of_the_request_are_used(text, tokenizer):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt", None), ("prompt", 5), ("prompt", ["a", "b"]), ("prompt", [[1, 2]]), ("max_tokens", 0),
+        ("prompt", None), ("prompt", 5), ("prompt", ["a", 1]), ("prompt", [[1, "a"]]), ("prompt", []), ("prompt", [[]]),
+        ("prompt", [300]), ("prompt", [-1]), ("prompt", ["a"] * 129), ("max_tokens", 0), ("stream_options", {"a": 1}),
         ("max_tokens", "9"), ("max_tokens", 1.5), ("max_tokens", 10**30), ("temperature", -1), ("temperature", "hot"),
         ("top_p", 0), ("top_p", 1.5), ("stop", [""]), ("stop", 5), ("stop", ["a"] * 5), ("stop", "a" * 300),
-        ("seed", 2**70), ("seed", "a"), ("frequency_penalty", -1), ("logit_bias", {"1": 1e9}), ("suffix", 4),
-        ("stream", "yes"), ("n", 3), ("logprobs", 1), ("generation_config", "{"), ("generation_config", "[]"),
+        ("seed", 2**70), ("seed", "a"), ("frequency_penalty", -3), ("presence_penalty", 3), ("logit_bias", {"1": 1e9}), ("suffix", 4),
+        ("stream", "yes"), ("n", 129), ("n", 0), ("logprobs", 6), ("logprobs", -1), ("echo", 1), ("generation_config", "{"), ("generation_config", "[]"),
         ("generation_config", {"top_k": 1}), ("generation_config", '{"num_beams": 100}'),
         ("generation_config", '{"custom_generate": "owner/name"}'), ("generation_config", '{"temperature": NaN}'),
         ("new", 1), ("\ud800", 1),
@@ -129,7 +75,7 @@ def test_malformed_field_is_refused_by_its_name(text, field, value):
     for stream in ({}, {"stream": True}):
         body = json.dumps({"prompt": "a", "max_tokens": 2} | stream | {field: value})
         response = text.post(TEXT, content=body, headers={"content-type": "application/json"})
-        refused(response, 422, "ud800" if field == "\ud800" else field)
+        refused(response, 400, "surrogate" if field == "\ud800" else field)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +89,7 @@ def test_malformed_body_is_refused(text, body):
 
 def test_tokens_that_do_not_exist_are_refused(text):
     for bias in ({"300": 1}, {"-1": 1}, {"a": 1}):
-        refused(text.post(TEXT, json={"prompt": "a", "logit_bias": bias}), 400, "logit_bias|invalid literal")
+        refused(text.post(TEXT, json={"prompt": "a", "logit_bias": bias}), 400, "logit_bias")
     assert text.post(TEXT, json={"prompt": "a", "logit_bias": {}, "max_tokens": 1}).status_code == 200
 
 
@@ -182,10 +128,11 @@ def test_over_long_prompts_are_refused_before_they_cost_anything(text, chat):
     refused(text.post(TEXT, json={"prompt": "a" * MAX_BODY}), 413, f"at most {MAX_BODY}")
     chunked = text.post(TEXT, content=(b"a" * 65536 for _ in range(100)), headers={"content-type": "application/json"})
     assert chunked.status_code == 413
-    prompt = {"prompt": "Call me", "max_tokens": 10**6, "stream": True}
+    prompt = {"prompt": "Call me", "max_tokens": 10**6, "stream": True, "stream_options": {"include_usage": True}}
     with text.stream("POST", TEXT, json=prompt) as answer:  # an answer ends where the context ends
-        last = json.loads([line for line in answer.iter_lines() if line][-1].removeprefix("data: "))
-    assert last["usage"]["total_tokens"] == CONTEXT and last["choices"][0]["finish_reason"] == "length"
+        last, usage, done = [line.removeprefix("data: ") for line in answer.iter_lines() if line][-3:]
+    assert json.loads(usage)["usage"]["total_tokens"] == CONTEXT and done == "[DONE]"
+    assert json.loads(last)["choices"][0]["finish_reason"] == "length"
 
 
 def test_nothing_but_the_model_can_be_reached(text):
@@ -212,7 +159,7 @@ def test_answers_nobody_waits_for_are_given_up(text, model):
         assert text.post(TEXT, json={"prompt": "a", "max_tokens": 1}).status_code == 200  # its turn comes after theirs
     finally:
         hook.remove()
-    assert 12 < len(steps) < 12 * CONTEXT / 2
+    assert len(steps) < CONTEXT / 2
 
 
 def test_serve_refuses_wrong_arguments(tmp_path, capsys):
@@ -262,6 +209,7 @@ def test_32_clients_stream_for_two_minutes(folder):
         done = 0
         while time.monotonic() < end:
             ask = {"prompt": f"{number} Call me", "max_tokens": 8 + number, "temperature": 0.9, "stream": True}
+            ask["stream_options"] = {"include_usage": True}
             async with client.stream("POST", TEXT, json=ask) as answer:
                 assert answer.status_code == 200
                 parts = answer.aiter_bytes()
@@ -273,12 +221,13 @@ def test_32_clients_stream_for_two_minutes(folder):
                     lines = b"".join(received).split(b"\n\n")[
                         :-1
                     ]  # (httpx's own lines end at U+0085 and the like too)
+                    assert lines.pop() == b"data: [DONE]"
                     events = [json.loads(line.removeprefix(b"data: ")) for line in lines]
                     assert not [event for event in events if "error" in event]
                     assert events[-1]["usage"]["completion_tokens"] == 8 + number
             if done % 10 == 5:
                 for wrong in ({"prompt": "a" * 1_000_000}, {"prompt": 5}, {"prompt": "whale " * CONTEXT}):
-                    assert (await client.post(TEXT, json=wrong)).status_code in (400, 422)
+                    assert (await client.post(TEXT, json=wrong)).status_code == 400
             done += 1
         return done
 
