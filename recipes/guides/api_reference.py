@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -55,6 +56,20 @@ def keys(group) -> str:
     return "\n".join(rows)
 
 
+def server_fields() -> str:
+    """What `hf-lm serve` does with each field of OpenAI's protocol, as a table."""
+    from hf_lm.serving.protocol import LABELS, REFUSED, ChatRequest, CompletionRequest
+
+    rows = ["| field | chat completions | completions |", "|---|---|---|"]
+    for field in sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *REFUSED, *LABELS}):
+        reason, neutral = REFUSED.get(field, ("", ()))
+        accepted = "".join(f"; `{json.dumps(value)}` is accepted" for value in neutral)
+        other = "a label, changes no answer" if field in LABELS else f"refused: {reason}{accepted}" if reason else ""
+        verdicts = ("honoured" if field in kind.model_fields else other for kind in (ChatRequest, CompletionRequest))
+        rows.append(f"| `{field}` | {' | '.join(verdicts)} |")
+    return "\n".join(rows)
+
+
 def reference() -> str:
     """The whole page."""
     from hf_lm.data.arguments import DataArguments
@@ -66,6 +81,7 @@ def reference() -> str:
         *(f"| `{name}` | {what} |" for name, (_, what) in COMMANDS.items()),
         "\n## Keys of a recipe\n\nAnd all keys of `transformers.TrainingArguments`.\n",
         *(f"{keys(group)}\n" for group in (ModelArguments, DataArguments, TrainingKeys)),
+        f"## Fields of the server\n\nA field that is not listed is refused.\n\n{server_fields()}\n",
         "## The model\n",
         *(entry(f"hf_lm.{name}", getattr(hf_lm, name)) for name in hf_lm.__all__ if name[0] != "_"),
     ]
