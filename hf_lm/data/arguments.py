@@ -13,7 +13,8 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "dataset of the Hub, or a local dataset folder"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "files or globs: .txt (one document each), .jsonl, .json, .csv, .parquet"}
+        default=None,
+        metadata={"help": "files or globs: .txt (one document each), .jsonl, .json, .csv (also .gz), .parquet"},
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "the same, held out"})
     test_file: list[str] | None = field(
@@ -30,16 +31,21 @@ class DataArguments:
         default=0.0, metadata={"help": "mix so many per cent of blocks of the rest of control_file into the training"}
     )
     split_column_name: str | None = field(
-        default=None, metadata={"help": "column that says of each row of train_file: train, validation or test"}
+        default=None,
+        metadata={"help": "column that says of each row of train_file: train, validation (dev, val, eval) or test"},
     )
     validation_split_percentage: float = field(
         default=5.0,
         metadata={
-            "help": "without validation data: per cent held out at the end; of documents, or of one's characters"
+            "help": "without validation data: per cent held out, the last rows; of one text or a few, each one's end"
         },
     )
     text_column_name: str | None = field(
         default=None, metadata={"help": "column that holds the text; default: text, or the only one of strings"}
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "of text, JSON and CSV files, as gb18030 or latin-1; default: UTF-8, or a BOM's"},
     )
     streaming: bool = field(default=False, metadata={"help": "read the data while training, without a copy on disk"})
     shuffle_buffer_size: int = field(
@@ -99,5 +105,10 @@ class DataArguments:
                 raise InputError(f"{name}: must be at least 1, got {value}.")
         if self.long_examples not in ("cut", "drop", "error"):
             raise InputError(f"long_examples: must be cut, drop or error, got {self.long_examples!r}.")
+        if self.encoding is not None:
+            try:
+                "".encode(self.encoding)
+            except LookupError as error:
+                raise InputError(f"encoding: {self.encoding!r} is none that Python knows; as utf-16, gb18030, latin-1.") from error  # fmt: skip
         if self.dataset_name and self.train_file:
             raise InputError("dataset_name and train_file exclude each other.")

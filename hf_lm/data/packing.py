@@ -9,28 +9,18 @@ their positions start at 0, which is how the model keeps them apart. Every token
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
-from datasets import (
-    ArrowBasedBuilder,
-    BuilderConfig,
-    Dataset,
-    DatasetInfo,
-    Features,
-    IterableDataset,
-    List,
-    SplitGenerator,
-    Value,
-)
-from datasets.builder import Key
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..tokenization import cut, may_be_cut
+from .cache import cached
 
 VERSION = 2  # raise it when blocks change: it is part of the cache's key
 BATCH = 1 << 20  # characters tokenised at once: bounds the memory, whatever the length of the documents
@@ -185,38 +175,17 @@ def _blocks_of_shares(documents: IterableDataset, shares: list[int], readers: in
         yield from _blocks(({"text": text} for text in islice(texts, share, None, readers)), **options)
 
 
-@dataclass
-class PackedBlocksConfig(BuilderConfig):
-    """What is packed."""
-
-    documents: Dataset | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    block_size: int = 0
-
-
-class PackedBlocks(ArrowBasedBuilder):
-    """Writes blocks to the cache of `datasets`, many at a time: locked, and renamed only when they are complete."""
-
-    BUILDER_CONFIG_CLASS = PackedBlocksConfig
-
-    def _info(self) -> DatasetInfo:
-        return DatasetInfo(features=FEATURES)
-
-    def _split_generators(self, dl_manager) -> list[SplitGenerator]:
-        return [SplitGenerator(name="train")]
-
-    def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
-        blocks = _blocks(self.config.documents, self.config.tokenizer, self.config.block_size)
-        number = 0
-        while rows := list(islice(blocks, ROWS)):
-            ends = np.cumsum([0, *(len(row["input_ids"]) for row in rows)], dtype=np.int32)
-            columns = {
-                name: pa.ListArray.from_arrays(ends, np.concatenate([row[name] for row in rows]))
-                for name in ("input_ids", "labels", "position_ids")
-            }
-            columns["num_bytes"] = pa.array([row["num_bytes"] for row in rows], pa.int64())
-            yield Key(0, number), pa.table(columns)
-            number += 1
+def _tables(**arguments) -> Iterator[pa.Table]:
+    """The blocks of `_blocks`, many at a time."""
+    blocks = _blocks(**arguments)
+    while rows := list(islice(blocks, ROWS)):
+        ends = np.cumsum([0, *(len(row["input_ids"]) for row in rows)], dtype=np.int32)
+        columns = {
+            name: pa.ListArray.from_arrays(ends, np.concatenate([row[name] for row in rows]))
+            for name in ("input_ids", "labels", "position_ids")
+        }
+        columns["num_bytes"] = pa.array([row["num_bytes"] for row in rows], pa.int64())
+        yield pa.table(columns)
 
 
 def _cache_key(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:
@@ -256,10 +225,7 @@ def pack_documents(
         arguments |= {"shares": list(range(readers)), "readers": readers}
         return IterableDataset.from_generator(_blocks_of_shares, features=FEATURES, gen_kwargs=arguments)
     key = _cache_key(documents, tokenizer, block_size)
-    builder = PackedBlocks(dataset_name="hf_lm_blocks", config_id=key, **arguments)
-    builder.download_and_prepare()
-    blocks = builder.as_dataset(split="train").with_format("numpy")
-    blocks._fingerprint = key
+    blocks = cached("hf_lm_blocks", key, partial(_tables, **arguments), FEATURES).with_format("numpy")
     if len(blocks) < 2 and (len(blocks) == 0 or len(blocks[0]["input_ids"]) < block_size):
         tokens = len(blocks[0]["input_ids"]) if len(blocks) else 0
         raise InputError(f"block_size: the text has {tokens} tokens, less than one block of {block_size}.")

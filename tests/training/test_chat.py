@@ -123,11 +123,15 @@ def test_a_model_without_a_template_is_told(tmp_path, recipe, capsys):
     ("rows", "message"),
     [
         ([{"question": "Why?"}], "needs a column messages .or prompt and completion.; it has question"),
-        ([{"messages": turns("Why?", "So.")}, {"messages": turns("Why?")}], "row 1 has no message of the assistant"),
-        ([{"messages": turns("Why?", "")}], "row 0 is not a list of messages"),
-        ([{"messages": turns("Why?", " \n")}], "row 0 is not a list of messages"),
-        ([{"messages": [{"role": "assistant", "content": ["So."]}]}], "row 0 is not a list of messages"),
-        ([{"prompt": 1, "completion": 2}], "row 0 is not a list of messages"),
+        ([{"messages": turns("Why?", "So.")}, {"messages": turns("Why?")}], "row 2 has no message of the assistant"),
+        ([{"messages": turns("Why?", "")}], "row 1 is not a list of messages"),
+        ([{"messages": turns("Why?", " \n")}], "row 1 is not a list of messages"),
+        ([{"messages": [{"role": "assistant", "content": ["So."]}]}], "row 1 is not a list of messages"),
+        (
+            [{"prompt": "1+1", "completion": 2}, {"prompt": "1/2", "completion": 0.5}],
+            "row 1: column completion is 2, not text",
+        ),
+        ([{"text": "a", "label": "b"}], "learned by task: sequence-classification"),
         ([{"messages": turns("word " * 200, "So.")}] * 2, "all 2 examples are longer than block_size 64"),
     ],
 )
@@ -145,7 +149,7 @@ def test_prompt_and_completion_are_a_conversation(chat, tmp_path):
 
 def test_one_conversation_cannot_be_split(chat, tmp_path):
     path = write_rows(tmp_path / "one.jsonl", [{"messages": turns(*PAIRS[0])}])
-    with pytest.raises(InputError, match="validation_split_percentage: 10.0 per cent of 1 documents leaves none"):
+    with pytest.raises(InputError, match="validation_split_percentage: 10.0 per cent of 1 rows leaves none"):
         trainer_of(chat(train_file=path, test_file=None))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ...data.documents import load_rows
+from ...data.documents import cells_as_text, load_rows, task_hint
 from ...data.examples import Example, build_examples
 from ...errors import InputError
 from ...evaluation.conversation import first_answers
@@ -35,8 +35,18 @@ def use_chat_template(tokenizer) -> None:
             tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
 
 
-def _is_text(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _messages(row: dict) -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+    }
+
+
+def _is_message(turn) -> bool:
+    content = turn.get("content") if isinstance(turn, dict) else None
+    return isinstance(content, str) and bool(content.strip()) and isinstance(turn.get("role"), str)
 
 
 def _check(rows, where: str):
@@ -48,14 +58,16 @@ def _check(rows, where: str):
     """
     names = rows.column_names
     if "messages" not in names and {"prompt", "completion"} <= set(names):
-        rows = rows.map(lambda row: {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}, remove_columns=names)  # fmt: skip
+        rows = cells_as_text(rows, ("prompt", "completion"), where).map(_messages, remove_columns=names)
     elif "messages" not in names:
-        raise InputError(f"{where}: needs a column messages (or prompt and completion); it has {', '.join(names)}.")
-    for number, row in enumerate(rows):
+        raise InputError(
+            f"{where}: needs a column messages (or prompt and completion); it has {', '.join(names)}.{task_hint(names)}"
+        )
+    for number, row in enumerate(rows, 1):
         turns = row["messages"]
-        if not turns or not all(isinstance(turn, dict) and turn.get("role") and _is_text(turn.get("content")) for turn in turns):  # fmt: skip
+        if not turns or not isinstance(turns, list) or not all(map(_is_message, turns)):
             raise InputError(
-                f"{where}: row {number} is not a list of messages with role and content (texts), none empty."
+                f"{where}: row {number} is not a list of messages with role and content (texts), none empty: {turns!r:.100}"
             )
         if not any(turn["role"] == "assistant" for turn in turns):
             raise InputError(f"{where}: row {number} has no message of the assistant, so nothing to learn.")

@@ -1,6 +1,9 @@
 """Labels for texts: by a classification head, or by how likely a language model finds the words that name them."""
 
+import math
+import re
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +13,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sklearn_available
 
-from ...data.documents import load_rows, with_text
+from ...data.documents import load_rows, task_hint, with_text
 from ...data.examples import Example, build_examples
 from ...errors import InputError
 from ...evaluation.metrics import HfLmClassification
@@ -45,6 +48,32 @@ def tfidf_baseline(rows: dict[str, Dataset], split: str, labels: int, balanced: 
     return {"name": "TF-IDF + logistic regression", **as_score(score)}
 
 
+def spell(value) -> str:
+    """A label as it is written; "" for none."""
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def hold_out_by_label(rows: Dataset, percentage: float, column: str) -> dict[str, Dataset]:
+    """Split off the last `percentage` per cent of the rows of each label; of a label's rows one at least is learned."""
+    labels = np.array([spell(value) for value in rows[column]])
+    count = math.ceil(len(rows) * percentage / 100)
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    shares = np.array([len(group) * percentage / 100 for group in groups])
+    counts = np.floor(shares).astype(int)
+    for number in np.argsort(counts - shares, kind="stable"):  # the largest remainders make up the sum
+        if counts.sum() < count and counts[number] < len(groups[number]) - 1:
+            counts[number] += 1
+    held_out = np.zeros(len(rows), dtype=bool)
+    for group, size in zip(groups, counts, strict=True):
+        held_out[group[len(group) - size :]] = True
+    if not held_out.any():
+        raise InputError(
+            f"validation_split_percentage: {percentage} per cent of {len(rows)} rows leaves none to score."
+        )
+    logger.warning(f"held out: {held_out.sum():,} of {len(rows):,} rows, the same share of each label.")
+    return {"train": rows.select(np.flatnonzero(~held_out)), "validation": rows.select(np.flatnonzero(held_out))}
+
+
 class Classification(Task):
     """
     One of `names` for each text. Rows become `text` and `label`, the number of its name.
@@ -67,7 +96,8 @@ class Classification(Task):
         def keep(rows: Dataset, where: str) -> Dataset:
             if column not in rows.column_names:
                 names = ", ".join(rows.column_names)
-                raise InputError(f"label_column_name: {where} has no column {column}; it has {names}.")
+                hint = task_hint(set(rows.column_names) - {"text"})
+                raise InputError(f"label_column_name: {where} has no column {column}; it has {names}.{hint}")
             rows = with_text(rows, arguments.text_column_name, where, beside=[column])
             some = rows.filter(str.strip, input_columns="text")
             if len(some) < len(rows):
@@ -77,33 +107,37 @@ class Classification(Task):
                 raise InputError(f"{where}: holds {len(rows)} examples; at least two are needed.")
             return rows.shuffle(self.training_arguments.seed)  # files are often sorted by their labels
 
-        rows = load_rows(arguments, keep)
+        rows = load_rows(arguments, keep, partial(hold_out_by_label, column=column))
         numbers = self.name_labels(rows["train"], column)
         for split, part in rows.items():
-            texts, values = part["text"], part[column]
-            for text, value in zip(texts, values, strict=True):
-                if value not in numbers:
-                    known = ", ".join(map(repr, numbers))
-                    raise InputError(
-                        f"class_names: {split} has the label {value!r} ({text[:40]!r}), not among {known}."
-                    )
-            rows[split] = Dataset.from_dict({"text": texts, "label": [numbers[value] for value in values]})
+            texts, labels = part["text"], [spell(value) for value in part[column]]
+            for text, label in zip(texts, labels, strict=True):
+                if label not in numbers:
+                    reason = f"has the label {label!r} ({text[:40]!r}), not among {', '.join(map(repr, numbers))}"
+                    reason = reason if label else f"has a text without a label ({text[:40]!r})"
+                    raise InputError(f"class_names: {split} {reason}.")
+            rows[split] = Dataset.from_dict({"text": texts, "label": [numbers[label] for label in labels]})
         return rows
 
-    def name_labels(self, rows: Dataset, column: str) -> dict:
-        """Sets `names`: those declared, or all that occur; returns the number of each value of the column."""
-        feature = rows.features[column]
-        if not all(isinstance(value, str | int | None) for value in rows[column]):
-            kind = getattr(feature, "dtype", "lists")
-            raise InputError(f"label_column_name: column {column} holds {kind}; a label is text or a whole number.")
-        values = sorted(set(rows[column]) - {None})
+    def name_labels(self, rows: Dataset, column: str) -> dict[str, int]:
+        """Sets `names`: those declared, or all that occur; returns the number of each label as `spell` writes it."""
+        feature, values = rows.features[column], rows[column]
+        if odd := [value for value in values if not isinstance(value, str | int | None)]:
+            raise InputError(
+                f"label_column_name: column {column} holds {odd[0]!r:.60}; a label is text or a whole number."
+            )
+        found = {spell(value) for value in values} - {""}
+        are_whole = all(re.fullmatch(r"0|-?[1-9]\d*", label) for label in found)
         declared = self.data_arguments.class_names or (feature.names if isinstance(feature, ClassLabel) else None)
-        self.names = [str(name) for name in declared or values]
+        self.names = [str(name) for name in declared or sorted(found, key=int if are_whole else str)]
         if len(self.names) < 2 or len(set(self.names)) < len(self.names):
             raise InputError(f"class_names: two or more different labels are needed, got {', '.join(self.names)}.")
-        are_numbers = declared and not any(isinstance(value, str) for value in values)
-        keys = range(len(self.names)) if are_numbers else declared or values
-        return {key: number for number, key in enumerate(keys)}
+        spelled = self.names
+        if any(isinstance(value, bool) for value in values):
+            spelled = [name.lower() for name in self.names]  # True, where Python wrote it
+        if isinstance(feature, ClassLabel) or (declared and are_whole and not found <= set(spelled)):
+            spelled = map(str, range(len(self.names)))
+        return {label: number for number, label in enumerate(spelled)}
 
     def texts(self, rows) -> Iterator[str]:
         return (self.fill(row["text"], self.words[row["label"] % len(self.words)])[0] for row in rows)

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from ...data.documents import load_rows
+from ...data.documents import cells_as_text, load_rows, task_hint
 from ...data.examples import Example, build_examples
 from ...errors import InputError
 from ...evaluation.translation import (
@@ -51,8 +51,10 @@ class Translation(Task):
         columns = rows.column_names or list(next(iter(rows), {}))
         for language in self.languages:
             if language not in columns:
-                raise InputError(f"language_pairs: {where} has no column {language}; it has {', '.join(columns)}.")
-        return rows.select_columns(self.languages)
+                raise InputError(
+                    f"language_pairs: {where} has no column {language}; it has {', '.join(columns)}.{task_hint(columns)}"
+                )
+        return cells_as_text(rows.select_columns(self.languages), self.languages, where)
 
     def texts(self, rows) -> Iterator[str]:
         return (row[language] for row in rows for language in self.languages if row[language])
