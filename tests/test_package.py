@@ -60,6 +60,18 @@ def test_hub_files_need_only_torch_transformers_and_siblings(name: str):
                 assert imported.split(".")[0] in {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"}
 
 
+def test_text_files_name_their_encoding():
+    """Without one, Windows and some locales read and write another than UTF-8."""
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("recipes/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+                continue
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else None
+            is_open = isinstance(node.func, ast.Name) and node.func.id == "open"
+            is_binary = len(node.args) > 1 and "b" in str(getattr(node.args[1], "value", ""))
+            assert method not in ("read_text", "write_text") and (is_binary or not is_open), (path, node.lineno)
+
+
 def run_python(code: str, *arguments: str) -> str:
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return result.stdout

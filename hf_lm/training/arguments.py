@@ -15,7 +15,7 @@ from ..errors import InputError, one_line
 from .hardware import device_type, has_fast_bfloat16
 from .keys import ModelArguments, TrainingKeys, defaults_of_run
 from .metrics import decide_direction, greater_is_better
-from .recipe_file import Key, read_recipe, read_words
+from .recipe_file import Key, expand_path, read_recipe, read_words
 from .synonyms import hint
 
 logger = logging.get_logger(__name__)
@@ -85,6 +85,11 @@ def decisive(arguments: TrainingArguments) -> dict:
     return {name: getattr(value, "value", value) for name, value in values.items()} | own
 
 
+# Keys whose `~` and `$NAME` are read as a shell reads them.
+PATHS = {
+    "output_dir", "model_name_or_path", "tokenizer_name", "chat_template", "dataset_name",
+    "train_file", "validation_file", "test_file", "control_file",
+}  # fmt: skip
 GROUPS = (ModelArguments, DataArguments, HfLmTrainingArguments)
 
 
@@ -151,6 +156,11 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
     if isinstance(arguments := values.get("optim_args"), dict):  # text to transformers
         values["optim_args"] = ",".join(f"{name}={value}" for name, value in arguments.items())
     values = {name: value for name, value in values.items() if value is not None or keys[name].may_be_none}
+    for name in values.keys() & PATHS:
+        paths = values[name]
+        if paths is not None:
+            is_list = isinstance(paths, list)
+            values[name] = [expand_path(name, path) for path in paths] if is_list else expand_path(name, paths)
     values = defaults_of_run(values.get("model_name_or_path") is None, values) | values
     values = {name: value for name, value in values.items() if value is not None}
     try:

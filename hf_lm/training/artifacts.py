@@ -62,7 +62,7 @@ def describe_hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -122,7 +122,9 @@ def save_run(trainer: HfLmTrainer, metrics: dict) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        (folder / "metrics.json").write_text(
+            json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
         write_card(folder)
         write_report(folder)

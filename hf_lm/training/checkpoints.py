@@ -101,7 +101,7 @@ def seal(folder: Path, target: Path, **facts) -> None:
         **facts,
     }
     path = folder / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1))
+    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(path)
     _sync(folder)
     if target.exists():
@@ -129,7 +129,7 @@ def rotate(run: Path, limit: int | None, keep: list[Path]) -> None:
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint that `damage` found nothing wrong with."""
-    return json.loads((folder / MANIFEST).read_text())
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def damage(folder: Path, contents: bool = True) -> str | None:

@@ -5,6 +5,7 @@ YAML 1.1 guesses that `no` is false, `010` is 8, `12:30` is 750 and `2024-11-28`
 the type of its key is known; inside mappings the core schema of YAML 1.2 decides.
 """
 
+import os
 import re
 import types
 import typing
@@ -120,6 +121,21 @@ def read_words(words: list[str], keys: Container[str]) -> list[tuple[str, list[s
         else:
             raise stray(word)
     return found
+
+
+def expand_path(name: str, path: str) -> str:
+    """
+    A path with `~` and `$NAME` as a shell reads them, unless something of exactly this name exists.
+
+    Raises:
+        InputError: an environment variable is not set.
+    """
+    if os.path.lexists(path):
+        return path
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if missing := re.search(r"\$([A-Za-z_]\w*|\{\w+\})", expanded):
+        raise InputError(f"{name}: {path} names the environment variable {missing[1].strip('{}')}, which is not set.")
+    return expanded
 
 
 def read_mapping(name: str, text: str) -> dict:

@@ -49,12 +49,15 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
         The checkpoint to go on from, with `resume`; else None.
 
     Raises:
-        InputError: the folder holds a run and neither `overwrite` nor `resume` is given; or it holds other files; or
+        InputError: the folder cannot be written to; or it holds a run and neither `overwrite` nor `resume` is given; or it holds other files; or
             there is nothing to resume.
     """
     folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file.")
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise InputError(f"output_dir: {place} is a file.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir: {place} is not writable.")
     if arguments.overwrite and arguments.resume:
         raise InputError("overwrite and resume exclude each other.")
     if arguments.resume:

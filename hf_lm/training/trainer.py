@@ -7,10 +7,11 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -51,6 +52,11 @@ from .optimizers import MuonAdamW, lay_out_states
 
 logger = logging.get_logger(__name__)
 STOPPER_COUNT = "early_stopping_patience_counter"  # of upstream's callback, as checkpoints hold it
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, with their names."""
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 class HfLmTrainer(Trainer):
@@ -476,7 +482,15 @@ class HfLmTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         if isinstance(self.compute_metrics, WholeSet):
             self.compute_metrics.reset()
-        return super().evaluation_loop(*args, **kwargs)
+        if self.is_in_train or not (self.args.bf16_full_eval or self.args.fp16_full_eval) or self.is_sharded:
+            return super().evaluation_loop(*args, **kwargs)
+        # transformers casts the model; what is saved afterwards must not be rounded
+        kept = {name: tensor.data for name, tensor in named_tensors(self.model)}
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for name, tensor in named_tensors(self.model):
+                tensor.data = kept[name]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Nats, and tokens or, for the own metrics, tokens and bytes (0 where unknown), of each row."""

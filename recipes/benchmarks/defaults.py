@@ -44,7 +44,7 @@ CHOICES = {  # the keys of the recipe, or fields of its configuration, that are 
 
 def recipe(choice: str) -> dict:
     """The recipe's keys with a choice undone, and without what takes time on the way."""
-    keys, changes = yaml.safe_load(RECIPE.read_text()), dict(CHOICES[choice])
+    keys, changes = yaml.safe_load(RECIPE.read_text(encoding="utf-8")), dict(CHOICES[choice])
     keys["config_overrides"] |= changes.pop("config_overrides", {})
     keys |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "forecast": False, **changes}
     return {name: value for name, value in keys.items() if value is not None}
@@ -54,13 +54,14 @@ def train(choice: str, steps: int, seed: int) -> dict:
     """One run of the recipe with one thread; its bits per byte."""
     with tempfile.TemporaryDirectory() as folder:
         file, output = Path(folder, "recipe.yaml"), Path(folder, "run")
-        file.write_text(yaml.safe_dump(recipe(choice) | {"max_steps": steps, "seed": seed, "output_dir": str(output)}))
+        keys = {"max_steps": steps, "seed": seed, "output_dir": str(output)}
+        file.write_text(yaml.safe_dump(recipe(choice) | keys), encoding="utf-8")
         command = [sys.executable, "-m", "hf_lm", "train", str(file)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=RECIPE.parents[2], capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(done.stderr)
-        metrics = json.loads((output / "metrics.json").read_text())
+        metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return {"choice": choice, "steps": steps, "seed": seed, "bits_per_byte": metrics["bits_per_byte"]}
 
 
@@ -74,7 +75,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from scipy.stats import ttest_rel
 
-    lines = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    lines = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()] if RUNS.exists() else []
 
     def run(job: tuple[str, int]) -> dict:
         wanted = {"choice": job[0], "steps": arguments.steps, "seed": job[1]}
@@ -82,7 +83,7 @@ def main() -> int:
             if wanted.items() <= line.items():
                 return line
         line = train(job[0], arguments.steps, job[1])
-        with open(RUNS, "a") as file:
+        with open(RUNS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
 

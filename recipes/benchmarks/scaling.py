@@ -44,14 +44,14 @@ def train(overrides: list[str]) -> dict:
         command = [sys.executable, "-m", "hf_lm", "train", str(RECIPE), "--output_dir", f"{folder}/run", *overrides]
         command += ["--save_strategy", "no", "--report_to", "none"]
         subprocess.run(command, check=True, cwd=RECIPE.parents[2])
-        return json.loads(Path(folder, "run", "metrics.json").read_text())
+        return json.loads(Path(folder, "run", "metrics.json").read_text(encoding="utf-8"))
 
 
 def keys(size: int, layers: int, vocabulary: int, batch: int, tokens: int) -> list[str]:
     """One point of the grid as overrides of the recipe."""
     from hf_lm.analysis.scaling import as_overrides
 
-    fields = yaml.safe_load(RECIPE.read_text())["config_overrides"]
+    fields = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["config_overrides"]
     return [
         "--config_overrides", as_overrides(fields, size, layers), "--vocab_size", str(vocabulary),
         "--per_device_train_batch_size", str(batch), "--max_steps", str(round(tokens / (batch * BLOCK))),
@@ -63,14 +63,18 @@ def sweep() -> None:
     taken = Path(tempfile.gettempdir(), "hf_lm_scaling")
     taken.mkdir(exist_ok=True)
     for point in GRID:
-        done = [json.loads(line)["point"] for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+        done = (
+            [json.loads(line)["point"] for line in RUNS.read_text(encoding="utf-8").splitlines()]
+            if RUNS.exists()
+            else []
+        )
         mark = taken / "-".join(map(str, point))
         if list(point) in done or mark.exists():
             continue
         mark.touch()
         metrics = train([*keys(*point), "--forecast", "false", "--eval_strategy", "no"])
         result = {"point": point, **{name: metrics[name] for name in ("parameters", "train_tokens", "bits_per_byte")}}
-        with open(RUNS, "a") as file:
+        with open(RUNS, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 
 
@@ -81,7 +85,7 @@ def fit() -> None:
     from hf_lm.analysis.scaling import START, Law, matrices
 
     text = sum(len(row["text"].encode()) for row in documents()["train"])
-    runs = [json.loads(line) for line in RUNS.read_text().splitlines()]
+    runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
     per_token = {vocabulary: text / count for vocabulary, count in tokens_of_text().items()}
     rows = [
         (matrices(size, layers), vocabulary, batch * BLOCK, run["train_tokens"] * per_token[vocabulary])

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import yaml
 
-RECIPE = yaml.safe_load((Path(__file__).parents[1] / "moby_dick" / "config.yaml").read_text())
+RECIPE = yaml.safe_load((Path(__file__).parents[1] / "moby_dick" / "config.yaml").read_text(encoding="utf-8"))
 LEARNING_RATES = (1e-3, 2e-3, 3e-3, 6e-3)
 BLOCK, WARM_UP, ROUNDS = 128, 20, 3
 
@@ -171,7 +171,10 @@ class BySteps:
     """`run`, as long as speeds measured before say; what the file holds is taken from there."""
 
     def __init__(self, path: str, first: list[dict]):
-        self.path, lines = Path(path), Path(path).read_text().splitlines() if Path(path).exists() else []
+        self.path, lines = (
+            Path(path),
+            Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else [],
+        )
         self.lines = [json.loads(line) for line in lines]
         for _ in range(ROUNDS):  # in turn, so that a slow minute hits all alike
             for spec in first:
@@ -180,7 +183,7 @@ class BySteps:
 
     def keep(self, line: dict) -> dict:
         self.lines.append(line)
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
 

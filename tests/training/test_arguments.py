@@ -172,6 +172,24 @@ def test_mistakes_are_named_in_one_line(recipe, changes, overrides, message):
     assert "\n" not in str(error.value)
 
 
+def test_paths_are_read_as_a_shell_reads_them(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~").write_text("a file of this name")
+    (tmp_path / "a$b.txt").write_text("and of this")
+    path = recipe(
+        output_dir="$RUNS/one", train_file=["~/book.txt", "a$b.txt", "~"], model_name_or_path="~/base",
+        tokenizer_name="${RUNS}/one",
+    )  # fmt: skip
+    model, data, training = parse_recipe(path, [])
+    assert training.output_dir == str(tmp_path / "runs" / "one") == model.tokenizer_name
+    assert data.train_file == [str(tmp_path / "book.txt"), "a$b.txt", "~"]
+    assert model.model_name_or_path == str(tmp_path / "base")
+    with pytest.raises(InputError, match=r"output_dir: \$NOT_SET/x names the environment variable NOT_SET, which is"):
+        parse_recipe(path, ["--output_dir", "$NOT_SET/x"])
+
+
 def test_files_that_are_no_recipe_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         parse_recipe(str(tmp_path / "nowhere.yaml"), [])

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from hf_lm.cli import main
 from hf_lm.data.packing import IGNORED
 from hf_lm.errors import InputError
+from hf_lm.tokenization import train_tokenizer
 from hf_lm.training.adapters import merge_adapter
 from hf_lm.training.arguments import parse_recipe
 from hf_lm.training.run import train
 from hf_lm.training.tasks import task_class
+from hf_lm.training.tasks.chat import mark_assistant
 
 PAIRS = [("Who are you?", "Call me Ishmael."), ("What is the sea?", "A hill of water."), ("And the whale?", "White.")]
 
@@ -151,6 +153,29 @@ def test_one_conversation_cannot_be_split(chat, tmp_path):
     path = write_rows(tmp_path / "one.jsonl", [{"messages": turns(*PAIRS[0])}])
     with pytest.raises(InputError, match="validation_split_percentage: 10.0 per cent of 1 rows leaves none"):
         trainer_of(chat(train_file=path, test_file=None))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+def test_what_is_learned_are_the_turns_that_the_template_marks(tmp_path, kind):
+    tokenizer = train_tokenizer(["Call me Ishmael"], 300, kind=kind)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{% if turn.role == 'assistant' %}{% generation %}{{ turn.content }}"
+        "{% endgeneration %}{% else %}|{{ turn.content }}|{% endif %}{% endfor %}"
+    )
+    for contents in (
+        ["A", "user"],
+        ["鲸鱼", "user"],
+        ["", "user"],
+        ["say  ", " user ", "e\u0301 👩‍👩‍👧"],
+        ["A", "B", "\n"],
+    ):
+        messages = [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(contents)]
+        input_ids, learned = mark_assistant(tokenizer, messages)
+        assert input_ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        said = [number for number, is_learned in zip(input_ids, learned, strict=True) if is_learned]
+        assert tokenizer.decode(said) == "".join(contents[::2])
+        rest = [number for number, is_learned in zip(input_ids, learned, strict=True) if not is_learned]
+        assert tokenizer.decode(rest) == "".join(f"|{text}|" for text in contents[1::2])
 
 
 def test_a_template_without_the_mark_is_refused(chat, tmp_path):

@@ -112,6 +112,12 @@ def test_held_out_numbers_do_not_depend_on_the_batch_size(recipe):
     assert first["eval_tokens"] == second["eval_tokens"]
 
 
+def test_evaluation_in_bfloat16_rounds_no_weight_that_is_saved(recipe, tmp_path):
+    run(recipe(max_steps=1, eval_strategy="no", sample_prompts=None, bf16_full_eval=True))
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
+    assert any((value != value.bfloat16().float()).any() for value in weights(tmp_path / "run").values())
+
+
 @pytest.mark.slow
 def test_a_stream_trains_like_the_same_rows_on_disk(recipe, tmp_path, moby_dick):
     lines = [moby_dick[start : start + 500] for start in range(0, 60_000, 500)]
@@ -207,6 +213,12 @@ def test_output_folder_is_protected(recipe, tmp_path):
         with pytest.raises(InputError, match="not a training run's"):
             run(recipe(output_dir=str(strange)), *overrides)
     assert (strange / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(InputError, match="output_dir: .*thesis.tex is a file"):
+        run(recipe(output_dir=str(strange / "thesis.tex" / "run")))
+    with pytest.MonkeyPatch.context() as patch:  # root may write anywhere but on a read-only disk
+        patch.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(InputError, match=f"output_dir: {tmp_path} is not writable"):
+            run(recipe(output_dir=str(tmp_path / "new" / "run")))
 
 
 @pytest.mark.parametrize(

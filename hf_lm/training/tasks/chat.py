@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...data.documents import cells_as_text, load_rows, task_hint
 from ...data.examples import Example, build_examples
@@ -74,6 +75,26 @@ def _check(rows, where: str):
     return rows
 
 
+def mark_assistant(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
+    """
+    The tokens of a conversation, and which of them hold the assistant's words.
+
+    By the tokens' offsets: the mask of `apply_chat_template` covers the words that follow a turn which is the first token
+    (transformers#47325), and only the first token of a turn's last character.
+    """
+    (text,), (spans,) = render_jinja_template(
+        [messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    marks = bytearray(len(text))
+    for start, end in spans:
+        marks[start:end] = b"\1" * (end - start)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [any(marks[start:end]) for start, end in encoded["offset_mapping"]]
+
+
 class Chat(Task):
     """Conversations (`messages` of `role` and `content`), several in one block."""
 
@@ -104,12 +125,9 @@ class Chat(Task):
 
     def encode(self, rows, tokenizer, split: str) -> Dataset:
         def example(row: dict) -> list[Example]:
-            encoded = tokenizer.apply_chat_template(
-                row["messages"], return_dict=True, return_assistant_tokens_mask=True
-            )
-            learned = [bool(flag) for flag in encoded["assistant_masks"]]
+            input_ids, learned = mark_assistant(tokenizer, row["messages"])
             size = sum(len(turn["content"].encode()) for turn in row["messages"] if turn["role"] == "assistant")
-            return [Example(encoded["input_ids"], learned, size)]
+            return [Example(input_ids, learned, size)]
 
         data = self.data_arguments
         return build_examples(rows, example, data.block_size, data.packing, data.long_examples, split)
