@@ -27,12 +27,22 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
+    class OneBos(HFLM):
+        """lm-eval puts bos in front of a text to be scored whole, also where the tokenizer has done so already."""
+
+        def loglikelihood_rolling(self, *args, **kwargs):
+            self.add_bos_token = False
+            try:
+                return super().loglikelihood_rolling(*args, **kwargs)
+            finally:
+                self.add_bos_token = None
+
     manager = TaskManager(include_path=arguments.include_path)
     unknown = [task for task in arguments.tasks if not manager.match_tasks([task])]
     if unknown:
         raise InputError(f"--tasks: there is no task {', '.join(unknown)}; `lm-eval ls tasks` lists those there are.")
     results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=arguments.batch_size),
+        model=OneBos(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=arguments.batch_size),
         tasks=arguments.tasks,
         task_manager=manager,
         num_fewshot=arguments.num_fewshot,

@@ -1,14 +1,17 @@
 """lm-eval on local task files: a model scores the same as hf_lm and as the family it came from."""
 
 import json
+import math
 
 import pytest
+import torch
 
 from hf_lm.cli import main
 from hf_lm.evaluation.probe import minimal_pairs, sentences
 
 pytestmark = pytest.mark.slow
 
+TEXT = "Call me Ishmael."
 CHOICE = """
 task: local_choice
 dataset_path: json
@@ -36,6 +39,18 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
+ROLLING = """
+task: local_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory, moby_dick):
     """A folder with a multiple-choice task and a generation task, made of sentences of the novel."""
@@ -48,7 +63,12 @@ def tasks(tmp_path_factory, moby_dick):
     ]
     words = [sentence.split() for sentence in sentences(text)[:200] if len(sentence.split()) > 12][:30]
     openings = [{"opening": " ".join(some[:10]), "next": some[10]} for some in words]
-    for name, template, items in (("choice", CHOICE, choices), ("generation", GENERATION, openings)):
+    templates = (
+        ("choice", CHOICE, choices),
+        ("generation", GENERATION, openings),
+        ("rolling", ROLLING, [{"text": TEXT}]),
+    )
+    for name, template, items in templates:
         path = folder / f"{name}.jsonl"
         path.write_text("\n".join(map(json.dumps, items)))
         (folder / f"{name}.yaml").write_text(template.format(items=path))
@@ -73,6 +93,24 @@ def test_smollm2_scores_the_same_as_hf_lm_and_as_llama(tasks, tmp_path, capsys):
     assert ours == theirs
     assert ours["local_choice"]["acc,none"] > 0.9
     assert 0 < ours["local_generation"]["exact_match,start"] < 1
+
+
+def test_a_text_that_is_scored_whole_starts_with_one_bos(tasks, tmp_path, capsys):
+    from hf_lm import HfLmConfig, HfLmForCausalLM
+    from hf_lm.tokenization import train_tokenizer
+
+    tokenizer = train_tokenizer(["text"], kind="byte")
+    torch.manual_seed(0)
+    config = HfLmConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, zero_init_residual=False)
+    model = HfLmForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    words = ["--tasks", "local_rolling", "--include-path", str(tasks), "--json"]
+    assert main(["lm-eval", str(tmp_path), *words]) == 0
+    score = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["local_rolling"]["bits_per_byte,none"]
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    nats = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert math.isclose(score, nats / math.log(2) / len(TEXT), rel_tol=1e-5)
 
 
 def test_unknown_tasks_are_named(tasks, tmp_path, capsys):
