@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
-from ..hub.files import outside_paths
+from ..hub.files import outside_paths, read_json
 
 
 def require_model(path: str) -> str:
@@ -27,6 +27,21 @@ def require_model(path: str) -> str:
         raise InputError(f"{path}: the model folder has no weights (model.safetensors).")
     if outside := outside_paths(Path(path)):
         raise InputError(f"{path}: the model folder names files outside of itself: {'; '.join(outside)}.")
+    base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+    if base and not os.path.isdir(base):
+        from ..training.adapters import base_of
+
+        if (found := base_of(path)) != base:
+            raise InputError(
+                f"{path}: its base model {base} is not in the current folder, but {found}: write that into "
+                "base_model_name_or_path of adapter_config.json, or use the output of hf-lm merge."
+            )
+        try:
+            require_model(base)
+        except InputError as error:
+            raise InputError(
+                f"{path}: names a base model in adapter_config.json that is not there: {error}"
+            ) from error
     return path
 
 

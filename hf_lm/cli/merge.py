@@ -1,10 +1,11 @@
-"""Take a LoRA adapter into the weights of its base model: a folder as any other, without peft."""
+"""Merge an adapter into the weights of its base model: a folder as any other, without peft."""
 
 import argparse
 from pathlib import Path
 
 from ..errors import InputError
 from .common import load_tokenizer
+from .import_ import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +21,15 @@ def run(arguments: argparse.Namespace) -> int:
     import hf_lm
 
     hf_lm.register_auto_classes()
-    from ..training.adapters import merge_adapter
+    from ..training.adapters import base_of, merge_adapter
 
-    model, tokenizer = merge_adapter(arguments.adapter, arguments.base), load_tokenizer(arguments.adapter)
+    own = any((Path(arguments.adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(arguments.adapter if own else arguments.base or base_of(arguments.adapter))
+    model, report = merge_adapter(arguments.adapter, arguments.base, tokenizer)
     if model.config.pad_token_id is None:  # of a classifier: where a text ends
         model.config.pad_token_id = tokenizer.pad_token_id
     aside = output.with_name(f".{output.name}.saving")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     aside.rename(output)
-    print(f"merged -> {output}")
-    return 0
+    return show(report | {"format": "merged", "dtype": str(model.dtype).removeprefix("torch.")}, str(output), False)

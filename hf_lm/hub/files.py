@@ -84,7 +84,10 @@ def is_outside(name) -> bool:
 
 
 def outside_paths(folder: Path) -> list[str]:
-    """`file: value` of each path in configs, shard indexes and adapter configs that is absolute or has a `..`."""
+    """
+    `file: value` of each path in configs, shard indexes and adapter configs that is absolute or has a `..`, but for the
+    base model of an adapter that was trained on this machine.
+    """
     named = []
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"):
         for value in as_table(read_json(folder / name).get("auto_map")).values():
@@ -94,7 +97,8 @@ def outside_paths(folder: Path) -> list[str]:
         weight_map = as_table(read_json(path).get("weight_map"))
         named += [(path.name, value) for value in sorted(set(map(str, weight_map.values())))]
     adapter = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    named += [("adapter_config.json", adapter)] if adapter else []
+    if adapter and not (Path(str(adapter)) / "config.json").is_file():
+        named.append(("adapter_config.json, where no base model is", adapter))
     return [f"{name}: {value}" for name, value in named if is_outside(value)]
 
 

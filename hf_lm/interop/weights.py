@@ -217,7 +217,8 @@ def check_loaded(model: PreTrainedModel, info, source: str, heads: tuple[str, ..
         InputError: naming the tensors.
     """
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    pairs = getattr(model, "all_tied_weights_keys", {})  # of a pair, the file may hold either
+    tied = set(pairs) | {source for target, source in pairs.items() if target not in info.missing_keys}
     missing = [name for name in set(info.missing_keys) - tied if name.startswith((base, *heads))]
     unexpected = [name for name in info.unexpected_keys if name.startswith(base) or "layers." in name]
     if not base:

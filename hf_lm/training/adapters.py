@@ -1,15 +1,20 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) by the library `peft`: put on, taken into the weights."""
+"""Adapters by the library `peft`, such as LoRA (arXiv:2106.09685): add one to a model, merge one into the weights."""
 
 import hashlib
-import json
+import os
+import warnings
+from copy import deepcopy
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, explained, one_line
 from ..hub.files import read_json
+from ..interop.heads import ADAPTER_TASKS
+from ..interop.parity import compare
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAMPLED = 4096  # numbers of each weight
@@ -70,37 +75,77 @@ def add_adapter(model, arguments, task_type: str = "CAUSAL_LM"):
     )
     adapted = peft.get_peft_model(model, config)
     adapted.base_sha256 = base_sha256(model)  # for metrics.json
+    if os.path.isdir(model.name_or_path):  # found from any folder
+        adapted.peft_config["default"].base_model_name_or_path = os.path.abspath(model.name_or_path)
     return adapted
 
 
-def merge_adapter(folder: str, base: str | None = None):
+def base_of(folder: str | Path) -> str:
     """
-    The base model with an adapter taken into its weights.
+    The base model that an adapter names, a relative path read from where the adapter stands if not from here.
+
+    Raises:
+        InputError: the adapter names none.
+    """
+    base = read_json(Path(folder) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{folder}: {ADAPTER_CONFIG} names no base model; give it with --base.")
+    beside = [parent / base for parent in Path(folder).resolve().parents]
+    places = [path for path in (Path(base), *beside) if (path / "config.json").is_file()]
+    return str(places[0]) if places else base
+
+
+def untie(model: torch.nn.Module) -> None:
+    """Copy each weight that modules share, such as a tied head's or those of replicated layers: an adapter changes one."""
+    seen = set()
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) in seen:
+                setattr(module, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+            seen.add(id(weight))
+
+
+def retie(model: PreTrainedModel) -> None:
+    """Tie the head to the embedding if they are equal, and let the config say whether they are tied."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    model.config.tie_word_embeddings = head is not None and torch.equal(embedding.weight, head.weight)
+    if model.config.tie_word_embeddings:
+        head.weight = embedding.weight
+    else:
+        model.all_tied_weights_keys = {}
+
+
+def merge_adapter(folder: str, base: str | None = None, tokenizer=None) -> tuple[PreTrainedModel, dict]:
+    """
+    Merge an adapter into the weights of its base model, in float32, and compare the result with the adapted model.
 
     Args:
         folder: holds the adapter.
         base: folder or Hub id of the base model; default: the one that the adapter names.
+        tokenizer: of the text that both models read.
+
+    Returns:
+        The model, in the dtype of the base model, and what `parity.compare` measured.
 
     Raises:
-        InputError: the folder holds no adapter, or one for another base model.
+        InputError: the folder holds no adapter, one for another base model, or one that cannot be merged.
     """
     peft = _peft()
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         raise InputError(f"{folder}: holds no adapter ({ADAPTER_CONFIG} is missing).")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        base, auto_class, heads = base or config["base_model_name_or_path"], AutoModelForCausalLM, {}
-        if config.get("task_type") == "SEQ_CLS":
-            auto_class, labels = AutoModelForSequenceClassification, read_json(path.with_name("metrics.json"))
-            names = dict(enumerate(labels.get("labels") or []))
-            heads = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
-        model = auto_class.from_pretrained(base, **heads)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: its base model {base} cannot be loaded: {error}") from error
+    base, config = base or base_of(folder), read_json(path)
+    labels = read_json(path.with_name("metrics.json")).get("labels")
+    names = dict(enumerate(labels or []))
+    heads = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
+    head = ADAPTER_TASKS.get(config.get("task_type"), "ForCausalLM")
+    with explained(f"{folder}: its base model {base} cannot be loaded"):
+        model = getattr(transformers, f"AutoModel{head}").from_pretrained(base, **heads)
     check_base(folder, model)
+    dtype = model.dtype
+    warnings.simplefilter("ignore", UserWarning)  # of peft about tied weights, which are untied below
     try:
-        adapted = peft.PeftModel.from_pretrained(model, folder)
+        adapted = peft.PeftModel.from_pretrained(model.float(), folder).eval()
         expected, found = peft.get_peft_model_state_dict(adapted), load_file(Path(folder) / ADAPTER_WEIGHTS)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: the adapter was made for another model than {base}.") from error
@@ -108,4 +153,15 @@ def merge_adapter(folder: str, base: str | None = None):
         raise InputError(
             f"{folder}: the adapter was made for another model than {base}: only one of them has {min(different)}."
         )
-    return adapted.merge_and_unload()
+    reference, was_tied = deepcopy(adapted), model.config.tie_word_embeddings
+    untie(adapted)
+    try:
+        merged = adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        kind = config.get("peft_type")
+        raise InputError(
+            f"{folder}: an adapter of the kind {kind} cannot be merged into weights: {one_line(error)}"
+        ) from error
+    if was_tied:
+        retie(merged)
+    return merged.to(dtype), compare(merged, reference, tokenizer)

@@ -213,6 +213,7 @@ def test_an_adapter_is_trained_reloaded_merged_and_handed_on(chat, tmp_path, cap
     metrics = train(*chat(**keys, max_steps=4, eval_strategy="no"))
     assert (run / "adapter_model.safetensors").exists() and not (run / "model.safetensors").exists()
     assert metrics["base_model"]["id"] == str(base)
+    assert main(["generate", str(run), "--prompt", "Who are you?", "--max-new-tokens", "2"]) == 0
     assert main(["merge", str(run), str(merged)]) == 0
     tokenizer = AutoTokenizer.from_pretrained(merged)
     ids = tokenizer("Who are you?", return_tensors="pt").input_ids
