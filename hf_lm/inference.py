@@ -14,6 +14,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_hf_lm import HfLmConfig
 from .errors import InputError
 from .functional_hf_lm import eager_attention_forward
-from .modeling_hf_lm import HfLmDecoderLayer, HfLmForCausalLM, HfLmMLP, HfLmRMSNorm, HfLmRotaryEmbedding
+from .modeling_hf_lm import HfLmAttention, HfLmDecoderLayer, HfLmForCausalLM, HfLmMLP, HfLmRMSNorm, HfLmRotaryEmbedding
 from .training.hardware import has_fast_bfloat16
 
 HUGE_PAGE = 2**21  # bytes
@@ -117,6 +119,23 @@ class PackedLinear(nn.Module):
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The output of each layer by itself."""
         return torch.split_with_sizes(self(x), self.sizes, dim=-1)
+
+
+class Projected(NamedTuple):
+    """What `HfLmAttention` projects from hidden states of this shape."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    shape: torch.Size
+
+
+class PackedAttention(HfLmAttention):
+    """`HfLmAttention` whose projections are one matmul: its `q_proj`, `k_proj` and `v_proj` take their part of it."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        projected = Projected(*self.qkv_proj.separate(hidden_states), hidden_states.shape)
+        return super().forward(projected, *args, **kwargs)
 
 
 class PackedGatedMLP(nn.Module):
@@ -316,8 +335,9 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         attention.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, bits=bits)
-        attention.project = attention.qkv_proj.separate
         del attention.q_proj, attention.k_proj, attention.v_proj
+        attention.q_proj, attention.k_proj, attention.v_proj = map(attrgetter, ("query", "key", "value"))
+        attention.__class__ = PackedAttention
         attention.o_proj = PackedLinear(attention.o_proj, bits=bits)
         if mlp.gate_proj is not None:
             layer.mlp = PackedGatedMLP(mlp, bits, down_bits)

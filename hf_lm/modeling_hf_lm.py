@@ -155,9 +155,6 @@ class HfLmAttention(nn.Module):
             self.q_norm = HfLmRMSNorm(self.head_dim if per_head else q_size, config.norm_eps, config.norm_offset)
             self.k_norm = HfLmRMSNorm(self.head_dim if per_head else kv_size, config.norm_eps, config.norm_offset)
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -168,7 +165,7 @@ class HfLmAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query, key, value = self.project(hidden_states)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.view(head_shape), key.view(head_shape), value.view(head_shape)
@@ -177,18 +174,26 @@ class HfLmAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
         if self.use_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.rope_interleaved, self.training)
+            cos, sin = position_embeddings
+            query, key = apply_rotary_pos_emb(query, key, cos, sin, self.rope_interleaved, self.training)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.softcap is not None:
-            kwargs["softcap"] = self.softcap
-        kwargs["dropout"] = self.attention_dropout if self.training else 0.0
-        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window}
-        output, weights = attention(self, query, key, value, attention_mask, **kwargs)
+        output, weights = attention(  # vLLM reads `scaling` from the source of this call
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
+            **kwargs,
+        )
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
