@@ -5,11 +5,21 @@ The loss over the vocabulary without the logits, in value and gradient that of t
 time, with its gradient while it is at hand.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.loss.loss_utils import (
+    ForCausalLMLoss,
+    ForQuestionAnsweringLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+    fixed_cross_entropy,
+)
 from transformers.utils import logging
-from transformers.utils.import_utils import is_tracing
+
+from .functional_hf_lm import autocast_dtype, has_no_values, uses_plain_backward
 
 logger = logging.get_logger(__name__)
 
@@ -28,6 +38,40 @@ def slice_shape(device: str, vocab_size: int, dtype: torch.dtype) -> tuple[int, 
     kind = "default" if device != "cpu" else "cpu16" if dtype.itemsize == 2 else "cpu32"
     rows = max(1, SLICE_ELEMENTS[kind] // vocab_size // SLICE_ROWS) * SLICE_ROWS
     return rows, SLICE_COLUMNS if kind == "cpu16" and vocab_size > WIDE_VOCABULARY else vocab_size
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Compute in the dtypes given; the meta device has no autocast to switch off."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
+def number_of_items(
+    labels: torch.Tensor, given: torch.Tensor | int | None = None, ignore_index: int = -100
+) -> torch.Tensor | int:
+    """
+    What a summed loss is divided by: the number given or that of the labels that count, but 1 where it is 0. Without
+    labels loss and gradients are then 0, not NaN.
+    """
+    number = (labels != ignore_index).sum() if given is None else given
+    return number + (number == 0)
+
+
+def _plain_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    scale: float,
+    cap: float | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The loss of `_loss_and_gradients` by all logits at once, which PyTorch differentiates in every way it can."""
+    with without_autocast(hidden.device.type):
+        z = nn.functional.linear(hidden.to(dtype), weight.to(dtype)).float()
+        z = (z if bias is None else z + bias) * scale
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        return nn.functional.cross_entropy(z, labels, ignore_index=ignore_index, reduction="sum")
 
 
 def _loss_and_gradients(
@@ -81,7 +125,7 @@ def _loss_and_gradients(
         parts = [scores(row, column).logsumexp(dim=-1, keepdim=True) for column in columns]
         return torch.cat(parts, dim=1).logsumexp(dim=-1, keepdim=True)
 
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         known = [log_totals(row) for row in rows] if len(columns) > 1 else [None] * len(rows)
         for column in columns:
             for row, log_total in zip(rows, known, strict=True):
@@ -178,7 +222,7 @@ def _compiled_loss_and_gradients(
     total = hidden.new_zeros((), dtype=torch.float32)
     grads = _room_for_gradients((hidden, weight, bias), (need_hidden, need_weight, need_bias))
     grad_hidden, grad_weight, grad_bias = (grad.zero_() for grad in grads)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         for row in (slice(i, i + height) for i in range(0, len(inputs), height)):
             z = nn.functional.linear(inputs[row], matrix, None if bias is None else bias.to(dtype))
             loss, dz = _slice_gradient(z, targets[row], scale, cap)
@@ -219,17 +263,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, *arguments):
         needed = ctx.needs_input_grad[:3]
         total, *grads = _fastest_loss_and_gradients(hidden, weight, bias, *arguments, *needed)
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [x.dtype if need else None for x, need in zip((hidden, weight, bias), needed, strict=True)]
+        labels, *ctx.arguments = arguments
+        ctx.save_for_backward(*grads, hidden, weight, bias, labels)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total):
+        *grads, hidden, weight, bias, labels = ctx.saved_tensors
+        inputs, is_compiling = (hidden, weight, bias), torch.compiler.is_compiling()
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not is_compiling:  # create_graph=True: a second derivative may follow
+            # Views: with tied embeddings the hidden states themselves depend on the weight.
+            inputs = [None if x is None else x.view_as(x) for x in inputs]
+            total = _plain_loss(*inputs, labels, *ctx.arguments)
+            asked = [x for x, need in zip(inputs, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(total, asked, grad_total, create_graph=True))
+            return (*[next(found) if need else None for need in needed], *[None] * 5)
         # In place unless they are wanted again: a copy of the matrix's would stand beside all that the step keeps.
-        again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-        scaled = [grad * grad_total if again else grad.mul_(grad_total) for grad in ctx.saved_tensors]
-        grads = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        again = is_compiling or torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = [grad * grad_total if again else grad.mul_(grad_total) for grad in grads]
+        grads = [g.to(x.dtype) if need else None for g, x, need in zip(scaled, inputs, needed, strict=True)]
         return (*grads, *[None] * 5)
 
 
@@ -254,7 +307,7 @@ def linear_cross_entropy(
         num_items_in_batch: what the summed loss is divided by; default: the number of labels that count.
 
     Returns:
-        Scalar, nats per token.
+        Scalar, nats per token; 0 where no label counts.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -262,11 +315,10 @@ def linear_cross_entropy(
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     # Where little is learned (an answer, a label) little is computed; not on an accelerator, which this would stall.
     learned = shift_labels != ignore_index
-    if learned.device.type == "cpu" and not is_tracing(learned) and 2 * learned.sum() < len(learned):
+    if learned.device.type == "cpu" and not has_no_values(learned) and 2 * learned.sum() < len(learned):
         hidden_states, shift_labels = hidden_states[learned], shift_labels[learned]
-    device = hidden_states.device.type
-    mixed = torch.is_autocast_enabled(device)
-    total = _LinearCrossEntropy.apply(
+    is_usual = uses_plain_backward() or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    total = (_LinearCrossEntropy.apply if is_usual else _plain_loss)(
         hidden_states,
         lm_head.weight,
         lm_head.bias,
@@ -274,13 +326,68 @@ def linear_cross_entropy(
         logit_scale,
         softcap,
         ignore_index,
-        torch.get_autocast_dtype(device) if mixed else hidden_states.dtype,
+        autocast_dtype(hidden_states.device.type) or hidden_states.dtype,
     )
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != ignore_index).sum()
-    elif torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    number = number_of_items(shift_labels, num_items_in_batch, ignore_index)
+    return total / (number.to(total.device) if torch.is_tensor(number) else number)
 
 
-__all__ = ["linear_cross_entropy"]
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """`ForCausalLMLoss` of transformers, but 0 where no label counts."""
+    learned = labels[..., 1:] if shift_labels is None else shift_labels
+    number = number_of_items(learned, num_items_in_batch, ignore_index)
+    return ForCausalLMLoss(logits, labels, vocab_size, number, ignore_index, shift_labels, **kwargs)
+
+
+def sequence_classification_loss(
+    labels: torch.Tensor, pooled_logits: torch.Tensor, config: PreTrainedConfig, num_items_in_batch=None, **kwargs
+) -> torch.Tensor:
+    """`ForSequenceClassificationLoss` of transformers, but 0 where no label counts."""
+    number = number_of_items(labels, num_items_in_batch)
+    return ForSequenceClassificationLoss(labels, pooled_logits, config, num_items_in_batch=number)
+
+
+def token_classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: PreTrainedConfig, num_items_in_batch=None, **kwargs
+) -> torch.Tensor:
+    """`ForTokenClassification` of transformers, but 0 where no label counts."""
+    return ForTokenClassification(
+        logits, labels, config, num_items_in_batch=number_of_items(labels, num_items_in_batch)
+    )
+
+
+def question_answering_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor,
+    end_positions: torch.Tensor,
+    num_items_in_batch=None,
+    **kwargs,
+) -> torch.Tensor:
+    """`ForQuestionAnsweringLoss` of transformers, but 0 where no position counts; -100 does not count either."""
+    losses = []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        positions = positions.view(-1).to(logits.device)
+        is_outside = (positions == -100) | (positions >= logits.shape[1])
+        labels = positions.clamp(min=0).masked_fill(is_outside, -100)
+        losses.append(fixed_cross_entropy(logits, labels, number_of_items(labels, num_items_in_batch)))
+    return sum(losses) / 2
+
+
+# The losses of the heads, by those of transformers.
+LOSSES = {
+    ForCausalLMLoss: causal_lm_loss,
+    ForSequenceClassificationLoss: sequence_classification_loss,
+    ForTokenClassification: token_classification_loss,
+    ForQuestionAnsweringLoss: question_answering_loss,
+}
+
+__all__ = ["LOSSES", "causal_lm_loss", "linear_cross_entropy"]

@@ -12,6 +12,7 @@ from copy import copy
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,10 +27,10 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hf_lm import AUTO_MAP, HfLmConfig
@@ -40,11 +41,10 @@ from .functional_hf_lm import (
     cosines_and_sines,
     default_position_ids,
     eager_attention_forward,
-    is_compiled,
     rms_norm,
     squared_relu,
 )
-from .loss_hf_lm import linear_cross_entropy
+from .loss_hf_lm import LOSSES, causal_lm_loss, linear_cross_entropy
 
 
 class HfLmRMSNorm(nn.Module):
@@ -121,6 +121,9 @@ class HfLmRotaryEmbedding(nn.Module):
             angles = torch.cat((angles, angles), dim=-1)
         cosines, sines = cosines_and_sines(angles)
         return (cosines * self.attention_scaling).to(x.dtype), (sines * self.attention_scaling).to(x.dtype)
+
+
+torch.fx.wrap("apply_rotary_pos_emb")  # one node of a symbolic trace, in which its shapes are not known
 
 
 class HfLmAttention(nn.Module):
@@ -305,6 +308,12 @@ class HfLmPreTrainedModel(PreTrainedModel):
         """SDPA has no soft cap: models with one fall back to eager attention, and say so if SDPA is asked for."""
         return self.config.attn_logit_softcapping is None
 
+    @PreTrainedModel.loss_function.getter
+    def loss_function(self) -> Callable:
+        """That of transformers, but 0 instead of NaN where no label counts; or the one that was set."""
+        function = PreTrainedModel.loss_function.fget(self)
+        return LOSSES.get(function, function)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -479,15 +488,12 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         is_flex = self.config._attn_implementation == "flex_attention"
         return attention_mask if is_flex else create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
-    def _may_skip_logits(self, hidden_states: torch.Tensor) -> bool:
+    def _may_skip_logits(self) -> bool:
         """The head is the plain layer built above (no adapter, hook, quantiser or sharding), the loss the usual one."""
         head = self.lm_head
-        is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
+        is_plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, FakeTensor)
         is_hooked = head._forward_hooks or head._forward_pre_hooks
-        is_usual = self.loss_type == "ForCausalLM" and not hasattr(self, "_loss_function")
-        # To a compiler the loss is one operator; what is exported must do without it.
-        is_traced = is_tracing(hidden_states) and not is_compiled()
-        return is_plain and is_usual and not is_hooked and not is_traced
+        return is_plain and not is_hooked and self.loss_function is causal_lm_loss
 
     @can_return_tuple
     def forward(
@@ -500,7 +506,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        skip_logits: bool | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
@@ -510,8 +516,8 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
             labels: `(batch, sequence)`, the input ids or -100 where there is nothing to learn; shifted here.
                 `num_items_in_batch` and already shifted `shift_labels` are taken from `kwargs` as the library does.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of the given ones.
-            skip_logits: compute the loss without ever holding all logits; default: in training, where labels are
-                given and nothing has taken the place of the head or the loss.
+            skip_logits: with labels, compute the loss without ever holding all logits, and return none; not where
+                something has taken the place of the head or the loss.
 
         Returns:
             `loss`: mean negative log-likelihood in nats a token, `logits`: `(batch, sequence, vocabulary)`, ...
@@ -532,9 +538,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None and self._may_skip_logits(hidden_states)
-        if skip_logits:
+        if skip_logits and labels is not None and self._may_skip_logits():
             loss = linear_cross_entropy(
                 hidden_states,
                 self.lm_head,
@@ -595,6 +599,8 @@ class HfLmForQuestionAnswering(GenericForQuestionAnswering, HfLmPreTrainedModel)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HfLmConfig.model_type] = "HfLmForCausalLM"  # Trainer's label smoothing shifts these
 
 __all__ = [
     "AUTO_MAP",

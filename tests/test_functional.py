@@ -6,6 +6,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import hf_lm.functional_hf_lm as functional
+from hf_lm.loss_hf_lm import linear_cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,3 +61,61 @@ def test_the_rotation_equals_the_plain_one(head_dim, rotated, interleaved, dtype
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other.to(dtype), **tolerance)
+
+
+HEAD, LABELS = nn.Linear(16, 30), torch.randint(0, 30, (1, 5), generator=torch.Generator().manual_seed(0))
+WEIGHT, ANGLES = torch.linspace(0.5, 1.5, 16), torch.arange(40.0).view(1, 5, 8).repeat(1, 1, 2)
+# By hand and by the plain formula: functions of `(heads, 5, 16)`.
+FUNCTIONS = {
+    "rms_norm": (
+        lambda x: functional.rms_norm(x, WEIGHT, 1e-6, training=True),
+        lambda x: nn.functional.rms_norm(x, (16,), WEIGHT, 1e-6),
+    ),
+    "rotation": (
+        lambda x: functional.apply_rotary_pos_emb(x[None], x[None], ANGLES.cos(), ANGLES.sin(), training=True)[0],
+        lambda x: x * ANGLES.cos() + functional.rotate_half(x) * ANGLES.sin(),
+    ),
+    "squared_relu": (lambda x: functional.squared_relu(x, training=True), lambda x: x.relu().square()),
+    "loss": (
+        lambda x: linear_cross_entropy(x[:1], HEAD, LABELS, logit_scale=0.5, softcap=3.0),
+        lambda x: nn.functional.cross_entropy(3 * torch.tanh(HEAD(x[0, :-1]) / 6), LABELS[0, 1:]),
+    ),
+}
+
+
+def derivative(function, x: torch.Tensor, order: int) -> torch.Tensor:
+    """Of a number that depends on every output, along the same direction each time."""
+    x = x.clone().requires_grad_()
+    value = function(x).sin().sum()
+    for _ in range(order):
+        (slope,) = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
+        value = slope.cos().sum()
+    return slope.detach()
+
+
+USES = {
+    "value": lambda f, x: f(x),
+    "gradient": lambda f, x: derivative(f, x, 1),
+    "second order": lambda f, x: derivative(f, x, 2),
+    "third order": lambda f, x: derivative(f, x, 3),
+    "torch.func.grad": lambda f, x: torch.func.grad(lambda x: f(x).sin().sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "forward mode": lambda f, x: forward_mode(f, x),
+    "vmap": lambda f, x: torch.vmap(lambda row: f(row[None]))(x.requires_grad_()).detach(),
+    "gradient of each sample": lambda f, x: torch.vmap(torch.func.grad(lambda row: f(row[None]).sum()))(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x[:1]),
+}
+
+
+def forward_mode(function, x: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.cos())
+        return torch.autograd.forward_ad.unpack_dual(function(dual.requires_grad_())).tangent.detach()
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gradient_by_hand_is_the_plain_one_in_every_use(name, use):
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+    actual, expected = (USES[use](function, x.clone()) for function in FUNCTIONS[name])
+    torch.testing.assert_close(actual.view_as(expected), expected, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
 
 import hf_lm
+from hf_lm.training.arguments import HfLmTrainingArguments
+from hf_lm.training.trainer import HfLmTrainer
 
 HEADS = {
     "AutoModel": hf_lm.HfLmModel,
@@ -131,6 +133,25 @@ def test_answer_has_a_start_and_an_end():
     torch.testing.assert_close(output.loss, expected)
 
 
+MASKED = {
+    "AutoModelForSequenceClassification": {"labels": torch.tensor([-100, -100])},
+    "AutoModelForTokenClassification": {"labels": torch.full((2, 6), -100)},
+    "AutoModelForQuestionAnswering": {
+        "start_positions": torch.tensor([-100, 6]),
+        "end_positions": torch.tensor([9, 6]),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_without_labels_loss_and_gradients_of_a_head_are_zero(name):
+    model = build(HEADS[name]).train()
+    loss = model(draw_ids(2, 6), **MASKED[name]).loss
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
 def rows_for(head) -> list[dict]:
     rows = [{"input_ids": draw_ids(8, seed=row)} for row in range(16)]
     for row in rows:
@@ -167,6 +188,23 @@ def test_gradient_accumulation_does_not_multiply_the_loss(head, tmp_path):
         models.append(model)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, HfLmTrainer])
+def test_label_smoothing_shifts_the_labels(trainer_class, tmp_path):
+    arguments_class = HfLmTrainingArguments if trainer_class is HfLmTrainer else TrainingArguments
+    arguments = arguments_class(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    model, ids = build(hf_lm.HfLmForCausalLM).train(), draw_ids(2, 7)
+    labels = ids.masked_fill(ids % 3 == 0, -100)
+    trainer = trainer_class(model, arguments)
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": labels})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    if trainer_class is HfLmTrainer:
+        nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+        loss = trainer.compute_loss(model, nothing, num_items_in_batch=torch.tensor(0))
+        assert loss == 0 and not torch.autograd.grad(loss, model.lm_head.weight)[0].any()
 
 
 def test_pipeline_generates_text(tokenizer):

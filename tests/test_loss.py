@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_lm import loss_hf_lm
+from hf_lm import HfLmForCausalLM, loss_hf_lm
 from hf_lm.loss_hf_lm import linear_cross_entropy
 
 
@@ -124,10 +124,10 @@ def test_model_without_logits_equals_model_with_them(tiny_model):
     tiny_model.train()
     ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
     losses, gradients = [], []
-    for skip_logits in (None, False):
+    for skip_logits in (True, False):
         tiny_model.zero_grad()
         outputs = tiny_model(ids, labels=ids, skip_logits=skip_logits)
-        assert (outputs.logits is None) == (skip_logits is None)
+        assert (outputs.logits is None) == skip_logits
         outputs.loss.backward()
         losses.append(outputs.loss)
         gradients.append([parameter.grad.clone() for parameter in tiny_model.parameters()])
@@ -136,9 +136,66 @@ def test_model_without_logits_equals_model_with_them(tiny_model):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_logits_are_there_in_evaluation_and_for_a_loss_of_ones_own(tiny_model):
+def test_logits_are_there_unless_skipped_and_for_a_loss_of_ones_own(tiny_model):
     ids = torch.randint(3, 97, (1, 8))
-    assert tiny_model(ids, labels=ids).logits is not None
-    tiny_model.train()
+    for training in (False, True):
+        outputs = tiny_model.train(training)(ids, labels=ids)
+        loss, logits = tiny_model(ids, labels=ids, return_dict=False)[:2]
+        assert loss == outputs.loss and torch.equal(logits, outputs.logits) and logits.shape == (1, 8, 97)
     tiny_model.loss_function = lambda logits, labels, **kwargs: logits.sum()
-    assert tiny_model(ids, labels=ids).logits is not None
+    outputs = tiny_model(ids, labels=ids, skip_logits=True)
+    assert outputs.loss == outputs.logits.sum()
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+@pytest.mark.parametrize("number", [None, 0, torch.tensor(0)], ids=str)
+@pytest.mark.parametrize("length", [1, 8])
+def test_without_labels_loss_and_gradients_are_zero(tiny_model, skip_logits, number, length):
+    ids = torch.randint(3, 97, (2, length))
+    mask = torch.zeros_like(ids) if length == 8 else None  # padding only
+    labels = torch.full_like(ids, -100) if length == 8 else ids  # the only label of a row has nothing before it
+    outputs = tiny_model.train()(
+        ids, attention_mask=mask, labels=labels, num_items_in_batch=number, skip_logits=skip_logits
+    )
+    outputs.loss.backward()
+    assert outputs.loss == 0 and (outputs.logits is None) == skip_logits
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_one_row_with_labels_is_learned_as_if_alone(tiny_model, skip_logits):
+    ids = torch.randint(3, 97, (3, 8))
+    labels = ids.clone()
+    labels[1:] = -100
+    losses = [
+        tiny_model.train()(rows, labels=some, skip_logits=skip_logits).loss
+        for rows, some in ((ids, labels), (ids[:1], ids[:1]))
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_the_model_has_second_derivatives_and_gradients_of_each_sample(tiny_config, skip_logits):
+    """In training, where gradients are written by hand, as in evaluation, where they are not."""
+    torch.manual_seed(0)
+    tiny_config._attn_implementation = "eager"  # the fused kernel has no second derivative
+    model, ids = HfLmForCausalLM(tiny_config), torch.randint(3, 97, (3, 8))
+    parameters, outcomes = dict(model.named_parameters()), []
+
+    def loss_of(values: dict, row: torch.Tensor) -> torch.Tensor:
+        keys = {"input_ids": row[None], "labels": row[None], "use_cache": False, "skip_logits": skip_logits}
+        return torch.func.functional_call(model, values, kwargs=keys).loss
+
+    for training in (True, False):
+        model.train(training)
+        weights = list(parameters.values())
+        loss = model(ids, labels=ids, skip_logits=skip_logits and training).loss
+        slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+        steepness = sum((slope**2).sum() for slope in slopes)
+        of_each = torch.vmap(torch.func.grad(loss_of), in_dims=(None, 0))(parameters, ids)
+        outcomes.append([*torch.autograd.grad(steepness, weights), *of_each.values()])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.detach().abs().max()))
+    alone = torch.func.grad(loss_of)(parameters, ids[1])
+    for name, value in alone.items():
+        torch.testing.assert_close(of_each[name][1], value, rtol=1e-4, atol=1e-5)

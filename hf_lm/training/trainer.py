@@ -1,6 +1,7 @@
 """`Trainer` with what language modelling needs: exact held-out numbers, Muon, a stop at the first NaN."""
 
 import atexit
+import inspect
 import os
 import re
 import shutil
@@ -106,6 +107,8 @@ class HfLmTrainer(Trainer):
         self.train_tokens, self.train_seconds = 0, 0.0
         self._length = 0  # tokens of a row of the last batch
         self._scores: tuple[int, dict] = (-1, {})  # of the last evaluation, and its step
+        base = getattr(self.model, "get_base_model", lambda: self.model)()  # of a model wrapped by PEFT
+        self._can_skip_logits = "skip_logits" in inspect.signature(base.forward).parameters
         self.watch = Watch(self)
         self._pace: tuple[float, int] | None = None  # time and tokens when the last log, evaluation or save was over
         self._losses: list[torch.Tensor] = []  # of the batches of the update under way
@@ -424,6 +427,14 @@ class HfLmTrainer(Trainer):
             rotate(run, limit, keep)
 
         return seal_it
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """Compute the loss without the logits where nobody asks for them; 0 where no label of the update counts."""
+        if self._can_skip_logits and model.training and not return_outputs:
+            inputs = {**inputs, "skip_logits": True}
+        if num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch + (num_items_in_batch == 0)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         if self._sealing.done():  # what went wrong is said now, not after the work of all steps until the next save
