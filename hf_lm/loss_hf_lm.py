@@ -12,7 +12,6 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.loss.loss_utils import (
     ForCausalLMLoss,
-    ForQuestionAnsweringLoss,
     ForSequenceClassificationLoss,
     ForTokenClassification,
     fixed_cross_entropy,
@@ -382,12 +381,12 @@ def question_answering_loss(
     return sum(losses) / 2
 
 
-# The losses of the heads, by those of transformers.
+# The losses of the heads, by the name in transformers' `LOSS_MAPPING`.
 LOSSES = {
-    ForCausalLMLoss: causal_lm_loss,
-    ForSequenceClassificationLoss: sequence_classification_loss,
-    ForTokenClassification: token_classification_loss,
-    ForQuestionAnsweringLoss: question_answering_loss,
+    "ForCausalLM": causal_lm_loss,
+    "ForSequenceClassification": sequence_classification_loss,
+    "ForTokenClassification": token_classification_loss,
+    "ForQuestionAnswering": question_answering_loss,
 }
 
 __all__ = ["LOSSES", "causal_lm_loss", "linear_cross_entropy"]

@@ -186,17 +186,9 @@ class HfLmAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(  # vLLM reads `scaling` from the source of this call
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            softcap=self.softcap,
-            **kwargs,
-        )
+            self, query, key, value, attention_mask, dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling, sliding_window=self.sliding_window, softcap=self.softcap, **kwargs,
+        )  # fmt: skip
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
@@ -311,8 +303,9 @@ class HfLmPreTrainedModel(PreTrainedModel):
     @PreTrainedModel.loss_function.getter
     def loss_function(self) -> Callable:
         """That of transformers, but 0 instead of NaN where no label counts; or the one that was set."""
-        function = PreTrainedModel.loss_function.fget(self)
-        return LOSSES.get(function, function)
+        if self.loss_type in LOSSES and not hasattr(self, "_loss_function"):
+            return LOSSES[self.loss_type]
+        return super().loss_function
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -603,11 +596,6 @@ class HfLmForQuestionAnswering(GenericForQuestionAnswering, HfLmPreTrainedModel)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HfLmConfig.model_type] = "HfLmForCausalLM"  # Trainer's label smoothing shifts these
 
 __all__ = [
-    "AUTO_MAP",
-    "HfLmForCausalLM",
-    "HfLmForQuestionAnswering",
-    "HfLmForSequenceClassification",
-    "HfLmForTokenClassification",
-    "HfLmModel",
-    "HfLmPreTrainedModel",
-]
+    "AUTO_MAP", "HfLmForCausalLM", "HfLmForQuestionAnswering", "HfLmForSequenceClassification",
+    "HfLmForTokenClassification", "HfLmModel", "HfLmPreTrainedModel",
+]  # fmt: skip
