@@ -4,6 +4,7 @@ What a recipe will cost before it is run: parameters, operations, memory of each
 For other machines nothing is allocated: the model is built of fake tensors, which have shapes but no values.
 """
 
+import logging
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..hub.card import WATTS, assumed_watts
 from ..loss_hf_lm import slice_shape
 from ..training.adapters import add_adapter
@@ -33,6 +34,7 @@ from .forecast import forecast
 
 UTILIZATION = 0.35  # of the peak, where nothing was measured (PaLM 540B reached 0.46, arXiv:2204.02311)
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Chinchilla, arXiv:2203.15556)
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # its traceback: what fails is said
 # Memory (bytes), peak of dense bfloat16 products (1/s), power (W, TDP): data sheets of the SXM models and the RTX 4090.
 HARDWARE = {
     "H100": (80e9, 989e12, WATTS["H100"]),
@@ -168,7 +170,13 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
             ids = torch.zeros(rows, length, dtype=torch.long)
             labels = ids if model.can_generate() else ids[:, 0]
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-                model.train()(input_ids=ids, labels=labels, use_cache=False, **options)
+                try:
+                    model.train()(input_ids=ids, labels=labels, use_cache=False, **options)
+                except RuntimeError as error:
+                    raise InputError(
+                        f"model_name_or_path: the memory of {type(model).__name__} cannot be planned, its forward needs "
+                        f"more than shapes: {one_line(error)}; hf-lm train with --max_steps 10 measures it."
+                    ) from error
         for hook in hooks:
             hook.remove()
         return sum(inside), sum(inputs), total()
@@ -284,16 +292,24 @@ def largest_model(model: nn.Module, parts: dict[str, float], memory: float, accu
 def sketch(task, tokenizer) -> nn.Module:
     """The model that a task trains, of fake tensors."""
     name, attention = task.model_arguments.model_name_or_path, task.model_arguments.attn_implementation
-    with FakeTensorMode():
+    adapted = task.model_arguments.use_peft  # PEFT moves what it adds, which fake tensors refuse: first on "meta"
+    with torch.device("meta") if adapted else FakeTensorMode():
         if name is None:
-            return task.build_model(tokenizer)
-        config = getattr(task.auto_class, "config_class", AutoConfig).from_pretrained(name)
-        fields = task.config_fields(tokenizer) | task.model_arguments.config_fields()
-        for field, value in {**fields, "vocab_size": max(len(tokenizer), config.vocab_size)}.items():
-            setattr(config, field, value)
-        build = getattr(task.auto_class, "from_config", None) or task.auto_class._from_config
-        model = build(config, attn_implementation=attention)
-        return add_adapter(model, task.model_arguments) if task.model_arguments.use_peft else model
+            model = task.build_model(tokenizer)
+        else:
+            config = getattr(task.auto_class, "config_class", AutoConfig).from_pretrained(name)
+            fields = task.config_fields(tokenizer) | task.model_arguments.config_fields()
+            for field, value in {**fields, "vocab_size": max(len(tokenizer), config.vocab_size)}.items():
+                setattr(config, field, value)
+            build = getattr(task.auto_class, "from_config", None) or task.auto_class._from_config
+            model = build(config, attn_implementation=attention)
+        if adapted:
+            model = add_adapter(model, task.model_arguments, task.peft_task_type)
+    if adapted:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            model.base_model.model.tie_weights()
+    return model
 
 
 def count_tokens(rows, task, tokenizer, sample: int = 1_000_000) -> float:

@@ -226,8 +226,8 @@ def choose(model_arguments, data_arguments, arguments, budget: float, law: Law |
     return {"best": best, "candidates": candidates, "keys": keys, "overrides": overrides}
 
 
-def in_words(choice: dict, config: str) -> str:
-    """The choice for people."""
+def in_words(choice: dict, words: list[str]) -> str:
+    """The choice for people, with the command that trains it: the recipe, the keys that it was asked with, the choice."""
     lines = [
         "{bits_per_byte:.3f} bits per byte: {hidden_size} wide, {num_hidden_layers} layers, vocabulary {vocab_size:,}, "
         "batch {per_device_train_batch_size}, {max_steps:,} steps, {epochs:.1f} epochs, {tokens_per_second:,.0f} "
@@ -236,4 +236,4 @@ def in_words(choice: dict, config: str) -> str:
     ]
     lines[1:] = ["next best:", *(f"  {line}" for line in lines[1:])]
     note = "(bits per byte as of the text that the law was fitted to, the presidents' addresses)"
-    return "\n".join([*lines, note, f"hf-lm train {config} {shlex.join(choice['overrides'])}"])
+    return "\n".join([*lines, note, f"hf-lm train {shlex.join([*words, *choice['overrides']])}"])

@@ -10,9 +10,12 @@ Exit codes: 0 success, 1 failure, 2 a mistake in the input (one line on standard
 import argparse
 import importlib
 import os
+import re
 import sys
 
+from .. import __version__
 from ..errors import one_line
+from ..training.synonyms import closest
 
 # command: (module in this folder, what it does)
 COMMANDS = {
@@ -36,16 +39,45 @@ COMMANDS = {
     "push": ("push", "upload a model folder to the Hub, after checking it"),
     "card": ("card", "write the model card from the measurements in a model folder"),
 }
+# Other tools' names of what a command here does.
+COMMAND_NAMES = {
+    "train": "finetune fine-tune fit pretrain sft resume",
+    "plan": "estimate cost budget",
+    "tokenizer": "tokenize",
+    "generate": "complete infer inference predict run sample",
+    "evaluate": "eval test perplexity ppl validate",
+    "lm-eval": "benchmark harness",
+    "serve": "server api deploy",
+    "demo": "ui web gradio playground",
+    "inspect": "explain visualize",
+    "import": "download convert-from load",
+    "export": "quantize convert gguf onnx",
+    "merge": "merge-lora fuse",
+    "doctor": "check lint verify",
+    "push": "upload publish share",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the closest command where one is unknown."""
+
+    def error(self, message: str):
+        if found := re.search(r"argument COMMAND: invalid choice: '([^']*)'", message):
+            command = closest(found[1], COMMANDS, COMMAND_NAMES)
+            hint = f"; did you mean hf-lm {command}?" if command else f"; there are {', '.join(COMMANDS)}."
+            message = f"unknown command {found[1]!r}{hint}"
+        super().error(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `hf-lm` itself; the arguments of a command belong to its module."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-lm",
         description="Train, use and share a Transformer language model of the Hugging Face ecosystem.",
         epilog="hf-lm COMMAND --help shows the arguments of a command.",
     )
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
+    parser.add_argument("--version", action="version", version=f"hf-lm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, help_text) in COMMANDS.items():
         subparsers.add_parser(name, help=help_text, add_help=False)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
-from ..hub.files import outside_paths, read_json
+from ..hub.files import is_missing_folder, outside_paths, read_json
 
 
 def require_model(path: str) -> str:
@@ -16,8 +16,7 @@ def require_model(path: str) -> str:
         InputError: the folder does not exist, holds no config or no weights, or names files outside of itself.
     """
     if not os.path.isdir(path):
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path)
-        if looks_local or path.count("/") == 0:
+        if is_missing_folder(path) or os.path.exists(path) or path.count("/") == 0:
             raise InputError(f"{path}: no such model folder (a model of the Hub is named owner/name).")
         return path
     names = os.listdir(path)

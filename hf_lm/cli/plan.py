@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = parse_recipe(arguments.config, overrides)
     if arguments.budget is not None:
         choice = scaling.choose(*recipe, scaling.seconds_of(arguments.budget))
-        print(json.dumps(choice, indent=2) if arguments.json else scaling.in_words(choice, arguments.config))
+        words = [arguments.config, *overrides]
+        print(json.dumps(choice, indent=2) if arguments.json else scaling.in_words(choice, words))
         return 0
     costs = plan(*recipe, arguments.hardware, arguments.gpus, arguments.price, share)
     print(json.dumps(costs, indent=2) if arguments.json else as_text(costs))

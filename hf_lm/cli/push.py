@@ -18,8 +18,9 @@ def run(arguments: argparse.Namespace) -> int:
     import hf_lm
 
     hf_lm.register_auto_classes()
-    from ..hub.push import plan_push, push
+    from ..hub.push import check_repo, plan_push, push
 
+    check_repo(arguments.repo)
     plan = plan_push(arguments.model)
     print(plan, file=sys.stderr)
     if arguments.dry_run:

@@ -1,15 +1,36 @@
 """Train or fine-tune a model: hf-lm train CONFIG.yaml [--key value ...]. The keys are those of the YAML file."""
 
 import argparse
+import dataclasses
 import sys
+import textwrap
+
+from ..data.arguments import DataArguments
+from ..training.keys import EVERY_RUN, NEW_MODEL, ModelArguments, TrainingKeys
+
+
+def list_keys() -> str:
+    """All keys of our own with what they mean, by group, and what a recipe gets that does not name them."""
+    lines = ["keys, in CONFIG.yaml as key: value or here as --key value (null unsets one; recipes/ has examples):"]
+    for name, group in (("model", ModelArguments), ("data", DataArguments), ("training", TrainingKeys)):
+        lines += ["", f"{name}:"]
+        for field in dataclasses.fields(group):
+            default = "" if field.default in (None, False, dataclasses.MISSING) else f" (default {field.default!r})"
+            about = f"{field.metadata['help']}{default}"
+            lines += textwrap.wrap(about, 118, initial_indent=f"  {field.name:28} ", subsequent_indent=" " * 31)
+    defaults = {"every run": EVERY_RUN, "a new model": NEW_MODEL}
+    lines += [
+        "",
+        "and all keys of transformers.TrainingArguments (learning_rate, max_steps, ...). Defaults measured here:",
+    ]
+    lines += [
+        f"  {kind}: {', '.join(f'{name} {value}' for name, value in of.items())}" for kind, of in defaults.items()
+    ]
+    return "\n".join([*lines, "  (steps below 1 are shares of the run)"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "Keys: TrainingArguments' own (learning_rate, max_steps, output_dir, ...), those of upstream's "
-        "language-modelling example (train_file, dataset_name, block_size, model_name_or_path, config_overrides, ...), "
-        "and --overwrite, --resume. recipes/ has examples."
-    )
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, list_keys()
     parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys that win over it")
 

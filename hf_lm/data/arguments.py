@@ -25,10 +25,10 @@ class DataArguments:
         metadata={"help": "text that a continued model should not forget: scored before and after the training"},
     )
     control_split_percentage: float = field(
-        default=0.0, metadata={"help": "score only the last so many per cent of control_file; 0: all of it"}
+        default=0.0, metadata={"help": "score only this last per cent of control_file; 0: all of it"}
     )
     replay_percentage: float = field(
-        default=0.0, metadata={"help": "mix so many per cent of blocks of the rest of control_file into the training"}
+        default=0.0, metadata={"help": "per cent of training blocks that come from the rest of control_file"}
     )
     split_column_name: str | None = field(
         default=None,
@@ -49,7 +49,7 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "read the data while training, without a copy on disk"})
     shuffle_buffer_size: int = field(
-        default=0, metadata={"help": "so many blocks of a stream are shuffled among each other; 0: in order"}
+        default=0, metadata={"help": "number of blocks of a stream that are shuffled among each other; 0: in order"}
     )
     block_size: int = field(default=256, metadata={"help": "tokens the model sees at once"})
     packing: bool = field(
@@ -59,7 +59,7 @@ class DataArguments:
         default="cut", metadata={"help": "examples of more than block_size tokens: cut, drop, or error"}
     )
     show_examples: int = field(
-        default=0, metadata={"help": "print so many training examples first; what is not learned is dimmed"}
+        default=0, metadata={"help": "number of training examples to print first; what is not learned is dimmed"}
     )
     label_column_name: str = field(default="label", metadata={"help": "column that holds the label of a text"})
     class_names: list[str] | None = field(
@@ -85,8 +85,12 @@ class DataArguments:
         default=None, metadata={"help": "what translation learns, as en-de de-en: each language is a column"}
     )
     data_license: str | None = field(default=None, metadata={"help": "licence of the data, for the card"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training documents"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many held-out documents"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "number of training documents to use; default: all"}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "number of held-out documents to use; default: all"}
+    )
 
     def __post_init__(self):
         for name in ("train_file", "validation_file", "test_file", "control_file"):

@@ -50,6 +50,23 @@ def library_is_silent() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def is_missing_folder(name: str, *others: str) -> bool:
+    """
+    Whether a model's name can only be a path on this machine, and nothing is there: asking the Hub would take a minute of
+    retries and end in an error about something else.
+
+    Args:
+        others: paths on this machine, whose first folder is not an owner on the Hub either.
+    """
+    if os.path.exists(name):
+        return False
+    first = name.split("/")[0]
+    owned = "/" in name and (
+        os.path.isdir(first) or first in {os.path.normpath(other).split("/")[0] for other in others}
+    )
+    return owned or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
 def as_table(value) -> dict:
     """The value where it is an object; else an empty one."""
     return value if isinstance(value, dict) else {}

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import InputError
+from ..errors import InputError, explained
 from .card import missing_from_card
 from .doctor import examine
 from .files import PICKLES, model_files, secrets_in
@@ -22,6 +22,17 @@ REQUIRED = ("config.json", "tokenizer_config.json", "README.md")  # and what the
 
 class PushFailed(RuntimeError):
     """The upload did not end well; the message says what the remote holds and how to go on."""
+
+
+def check_repo(repo: str) -> None:
+    """
+    Raises:
+        InputError: the Hub takes no repository of this name.
+    """
+    with explained("OWNER/NAME"):
+        validate_repo_id(repo)
+    if repo.count("/") != 1:
+        raise InputError(f"OWNER/NAME: must name the owner too, as your-name/{repo}, got {repo!r}.")
 
 
 @dataclass
@@ -121,7 +132,7 @@ def push(
     """
     if create_pr and revision not in (None, "main"):
         raise InputError(f"--create-pr proposes changes to main; leave out --revision {revision}.")
-    validate_repo_id(repo)
+    check_repo(repo)
     api, before = HfApi(token=token), None
     try:
         before = prepare_remote(api, repo, private, revision)

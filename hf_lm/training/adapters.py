@@ -40,10 +40,10 @@ def base_sha256(model) -> str | None:
     for name in sorted(weights):
         if ".lora_" in name:
             continue
-        part = weights[name].detach().flatten()[:SAMPLED].to("cpu", torch.bfloat16)
-        if not len(part) or part.is_meta or weights[name].dtype == torch.float16:
+        part = weights[name].detach().flatten()[:SAMPLED]
+        if not len(part) or part.is_meta or part.dtype == torch.float16:
             return None
-        digest.update(name.encode() + part.view(torch.int16).numpy().tobytes())
+        digest.update(name.encode() + part.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

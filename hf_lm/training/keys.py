@@ -63,7 +63,7 @@ class ModelArguments:
     )
     tokenizer_kind: str = field(default="bpe", metadata={"help": "a new tokenizer's kind: bpe, byte or char"})
     extend_vocab_size: int | None = field(
-        default=None, metadata={"help": "add so many tokens for the training text to the checkpoint's tokenizer"}
+        default=None, metadata={"help": "number of tokens to add to the checkpoint's tokenizer for the training text"}
     )
     use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all weights"})
     lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
@@ -114,15 +114,17 @@ class TrainingKeys:
     )
     sample_tokens: int = field(default=64, metadata={"help": "length of these samples, in tokens"})
     forecast: bool = field(
-        default=True, metadata={"help": "time some steps before the first one and say what the run will take"}
+        default=True,
+        metadata={"help": "time some steps before the first one and print the run's predicted time and memory"},
     )
     log_histograms: bool = field(default=False, metadata={"help": "weights to TensorBoard, at each evaluation"})
     log_graph: bool = field(default=False, metadata={"help": "the model's graph to TensorBoard"})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after so many evaluations without a new best metric_for_best_model"}
+        default=None,
+        metadata={"help": "stop after this number of evaluations without a new best metric_for_best_model"},
     )
     overwrite: bool = field(default=False, metadata={"help": "delete the run that output_dir holds and start anew"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+    resume: bool = field(default=False, metadata={"help": "resume from the newest checkpoint in output_dir"})
 
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "upstream's key; every parameter of ours is used in every step"}
@@ -140,7 +142,7 @@ class TrainingKeys:
             "checkpoint's weights and go on with the next batch"
         },
     )
-    max_divergences: int = field(default=10, metadata={"help": "stop after more than so many of them"})
+    max_divergences: int = field(default=10, metadata={"help": "stop after more divergences than this"})
     spike_factor: float | None = field(
-        default=None, metadata={"help": "a loss so many times the mean of the last ones counts as diverged too"}
+        default=None, metadata={"help": "treat a loss above spike_factor times the recent mean as diverged"}
     )

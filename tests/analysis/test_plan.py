@@ -12,9 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerControl,
+    TrainerState,
+)
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm import HfLmConfig, HfLmForCausalLM, train_tokenizer
 from hf_lm.analysis import forecast
 from hf_lm.analysis.plan import (
     activation_bytes,
@@ -25,6 +34,7 @@ from hf_lm.analysis.plan import (
     parameters_by_part,
 )
 from hf_lm.cli import main
+from hf_lm.errors import InputError
 from hf_lm.training import hardware
 from hf_lm.training.hardware import has_fast_bfloat16
 from hf_lm.training.optimizers import MuonAdamW
@@ -217,6 +227,30 @@ def test_plan_on_this_machine_times_real_steps_and_leaves_nothing(recipe, tmp_pa
 def test_plan_refuses_what_it_does_not_know(recipe, capsys, words):
     assert main(["plan", recipe(), *words]) == 2
     assert words[-1] in capsys.readouterr().err
+
+
+@pytest.mark.slow  # needs peft, which the long tests install
+def test_plan_of_an_adapter_learns_only_the_adapter(recipe, tmp_path, capsys):
+    tokenizer = train_tokenizer(["the whale and the sea"], vocab_size=300)
+    tiny(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    keys = {"model_name_or_path": str(tmp_path / "base"), "config_overrides": None, "muon_learning_rate": None}
+    learned = {}
+    for adapter in (True, False):
+        costs = planned(capsys, recipe(**keys, use_peft=adapter, lora_r=2), "--hardware", "H100")
+        learned[adapter] = costs["memory"]["strategies"]["one device"]["gradients"]
+        assert costs["parameters"]["embedding"] == len(tokenizer) * 64  # tied: counted once
+    assert learned[False] == 4 * tiny(vocab_size=len(tokenizer)).num_parameters()
+    modules = [module for module in tiny().model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert learned[True] == 4 * 2 * sum(module.in_features + module.out_features for module in modules)
+
+
+def test_a_model_that_shapes_do_not_describe_is_refused_in_words():
+    sizes = {"intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 2}
+    with FakeTensorMode():
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, **sizes, experts_implementation="eager"))
+    with pytest.raises(InputError, match="memory of MixtralForCausalLM cannot be planned.*nonzero.*max_steps 10"):
+        activation_bytes(model, 2, 8, False)
 
 
 def test_a_step_that_compiles_is_not_taken_for_the_usual_one(monkeypatch):

@@ -67,8 +67,22 @@ def test_a_choice_is_the_best_of_its_candidates_and_trains(recipe, capsys):
     rated = [one["bits_per_byte"] for one in choice["candidates"]]
     assert len(rated) > 3 and rated == sorted(rated)
     assert choice["best"] is choice["candidates"][0]
-    assert " ".join(choice["overrides"]) in in_words(choice, path)
+    assert " ".join(choice["overrides"]) in in_words(choice, [path])
     assert main(["train", path, *choice["overrides"], "--max_steps", "2"]) == 0
     capsys.readouterr()
     assert main(["plan", path, "--budget", "12s", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["keys"].keys() == choice["keys"].keys()
+
+
+def test_the_command_of_a_budget_holds_the_keys_that_were_asked_with():
+    best = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "vocab_size": 1024,
+        "per_device_train_batch_size": 8,
+        "max_steps": 9,
+    }
+    best |= {"bits_per_byte": 2.0, "epochs": 1.0, "tokens_per_second": 1.0}
+    choice = {"best": best, "candidates": [best], "overrides": ["--max_steps", "9"]}
+    command = in_words(choice, ["r.yaml", "--train_file", "a b.txt"]).splitlines()[-1]
+    assert command == "hf-lm train r.yaml --train_file 'a b.txt' --max_steps 9"

@@ -89,6 +89,35 @@ def test_help_answers_before_torch_is_loaded():
         assert done.returncode == 0 and "usage: hf-lm" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["finetune", "x.yaml"], "unknown command 'finetune'; did you mean hf-lm train?"),
+        (["eval"], "did you mean hf-lm evaluate?"),
+        (["quantize"], "did you mean hf-lm export?"),
+        (["traim"], "did you mean hf-lm train?"),
+        (["zzz"], "there are tokenizer, train, plan"),
+    ],
+)
+def test_an_unknown_command_names_the_closest(capsys, words, message):
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_version_and_all_keys_are_told(capsys):
+    from hf_lm.training.keys import NEW_MODEL, ModelArguments, TrainingKeys
+
+    for words, expected in (
+        (["--version"], ["hf-lm 0."]),
+        (["train", "--help"], [*ModelArguments.__dataclass_fields__, *TrainingKeys.__dataclass_fields__, *NEW_MODEL]),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(words)
+        text = capsys.readouterr().out
+        assert exit.value.code == 0 and [part for part in expected if part not in text] == []
+
+
 def test_generation_ends_where_the_model_ends(folder, capsys):
     assert main(["generate", folder, "--max-new-tokens", "500", "--json", "--seed", "0"]) == 0
     captured = capsys.readouterr()

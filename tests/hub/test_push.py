@@ -86,6 +86,12 @@ def test_a_dry_run_sends_nothing(hub, client, model_folder):
     assert hub.calls == []
 
 
+@pytest.mark.parametrize("repo", ["a b/c", "name", "a/b/c", "x/y--z", "owner/n.git", f"owner/{'n' * 100}"])
+def test_a_name_that_the_hub_does_not_take_is_refused_before_anything_is_looked_at(repo, capsys):
+    assert main(["push", "nowhere", repo, "--dry-run"]) == 2
+    assert "OWNER/NAME: " in capsys.readouterr().err
+
+
 def test_private_files_do_not_go_to_a_public_repository(hub, client, model_folder):
     hub.create("owner/m")
     before = hub.state()

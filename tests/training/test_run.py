@@ -230,7 +230,9 @@ def test_output_folder_is_protected(recipe, tmp_path):
         ({"config_overrides": {"hiden_size": 4}}, "hiden_size"),
         ({"vocab_size": 100}, "vocab.*100"),
         ({"block_size": 100_000}, "100000|100,000"),
-        ({"model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"model_name_or_path": "./nowhere"}, "model_name_or_path: ./nowhere: no such folder"),
+        ({"tokenizer_name": "tests/nowhere"}, "tokenizer_name: tests/nowhere: no such folder"),  # tests is a folder
+        ({"config_overrides": {"n_layers": 4}}, "n_layers; did you mean 'num_hidden_layers'"),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(recipe, tmp_path, capsys, changes, message):

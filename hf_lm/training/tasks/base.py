@@ -1,5 +1,6 @@
 """What all tasks share: a tokenizer, blocks, a model, a trainer; named, or new."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from ...data.arguments import DataArguments
 from ...data.collator import PackedCollator
 from ...data.documents import load_rows
 from ...errors import InputError, explained
+from ...hub.files import is_missing_folder
 from ...interop.convert import load_tokenizer, readable
 from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
@@ -61,6 +63,10 @@ class Task(ABC):
 
     def __init__(self, model: ModelArguments, data: DataArguments, training: HfLmTrainingArguments):
         self.model_arguments, self.data_arguments, self.training_arguments = model, data, training
+        for key in ("model_name_or_path", "tokenizer_name"):
+            name = getattr(model, key)
+            if name is not None and is_missing_folder(name, training.output_dir):
+                raise InputError(f"{key}: {name}: no such folder (a model of the Hub is named owner/name).")
         self.stands_for: list[list[int]] = []  # for each token added to a tokenizer: the old ones it replaces
 
     def load(self) -> dict[str, Dataset | IterableDataset]:
@@ -82,7 +88,9 @@ class Task(ABC):
         with readable(name):
             tokenizer = load_tokenizer(name)
         if tokenizer is None:
-            raise InputError(f"tokenizer_name: {name} has no tokenizer.")
+            key = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
+            where = "" if os.path.isdir(name) else ": there is no such folder, and the Hub has none or is out of reach"
+            raise InputError(f"{key}: {name} has no tokenizer{where}.")
         if arguments.extend_vocab_size is not None:
             tokenizer, self.stands_for = extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
         return tokenizer
