@@ -13,7 +13,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList, TextClassificationPipeline, TextIteratorStreamer
 
 from ..errors import InputError
-from ..evaluation.conversation import context_limit, prompt_ids
+from ..evaluation.conversation import context_limit, fit_conversation
 from ..evaluation.sentences import score_sentences
 from ..evaluation.text import context_prefix
 from ..evaluation.translation import pairs_of, translate
@@ -91,7 +91,7 @@ def build_demo(name: str, model: nn.Module, tokenizer) -> gr.Blocks:
 
     def settings() -> list[gr.Slider]:
         return [
-            gr.Slider(1, limit // 2, min(200, limit // 2), step=1, label="New tokens at most"),
+            gr.Slider(1, max(limit // 2, 2), min(200, max(limit // 2, 1)), step=1, label="New tokens at most"),
             gr.Slider(0, 2, 0.8, step=0.05, label="Temperature (0: the likeliest token each time)"),
             gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p"),
         ]
@@ -112,8 +112,8 @@ def build_demo(name: str, model: nn.Module, tokenizer) -> gr.Blocks:
     def answer(message: str, history: list[dict], max_new_tokens: int, *settings: float) -> Iterator[str]:
         turns = [{"role": turn["role"], "content": turn["content"][0]["text"]} for turn in history]
         messages = [*turns, {"role": "user", "content": message}]
-        ids = prompt_ids(tokenizer, messages, context_limit(model), max_new_tokens)
-        yield from stream(model, tokenizer, ids, max_new_tokens, *settings)
+        _, ids, room = fit_conversation(tokenizer, messages, context_limit(model), max_new_tokens)
+        yield from stream(model, tokenizer, ids, room, *settings)
 
     def translation(pair: str, text: str) -> str:
         return translate(model, tokenizer, [text], pair)[0]

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from ..errors import InputError
-from .common import add_model_arguments, load_model, load_tokenizer
+from .common import add_model_arguments, check_text, load_model, load_tokenizer
 from .generate import check
 
 
@@ -19,11 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check(arguments)
+    check_text(arguments.system or "", "--system")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one wrong byte does not end the conversation
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     import torch
     from transformers import TextStreamer
 
-    from ..evaluation.conversation import check_template, context_limit, prompt_ids
+    from ..evaluation.conversation import check_template, context_limit, fit_conversation
     from ..inference import optimize_where_it_pays
 
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -48,16 +51,22 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": text})
         try:
-            ids = prompt_ids(tokenizer, messages, context_limit(model), arguments.max_new_tokens)
-        except InputError as error:  # one long message does not end the conversation
+            check_text(text, "the message")
+            kept, ids, room = fit_conversation(tokenizer, messages, context_limit(model), arguments.max_new_tokens)
+        except InputError as error:  # one message that cannot be answered does not end the conversation
             print(error, file=sys.stderr)
             messages.pop()
             continue
+        if left_out := len(messages) - len(kept):
+            print(
+                f"The conversation outgrows the model: its oldest {left_out} messages are left out.", file=sys.stderr
+            )
+            messages = kept
         input_ids = torch.tensor([ids], device=model.device)
         output = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=arguments.max_new_tokens,
+            max_new_tokens=room,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling,
         )

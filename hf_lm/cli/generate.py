@@ -5,7 +5,7 @@ import json
 import sys
 
 from ..errors import InputError
-from .common import add_model_arguments, load_model, load_tokenizer
+from .common import add_model_arguments, check_text, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check(arguments)
+    check_text(arguments.prompt, "--prompt")
     import torch
     from transformers import TextStreamer
 
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     ids = tokenizer(arguments.prompt)["input_ids"] or context_prefix(tokenizer)
     if not ids:
-        raise InputError("--prompt: must not be empty, for the tokenizer has no token that starts a text.")
+        raise InputError("--prompt: must not be empty, because the tokenizer has no token that starts a text.")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"--prompt: has {len(ids)} tokens; the model takes {limit}, the new ones included.")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
-from .common import add_model_arguments, load_model, load_tokenizer
+from .common import add_model_arguments, check_text, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     page = Path(arguments.html)
     if page.is_dir() or not page.parent.is_dir():
         raise InputError(f"--html: {page} cannot be written; name a file in a folder that exists.")
+    check_text(arguments.text, "--text")
     from ..analysis.explain import inspect_text
     from ..analysis.page import write_page
 

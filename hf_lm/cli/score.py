@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 
-from .common import add_model_arguments, load_model, load_tokenizer
+from .common import add_model_arguments, check_text, load_model, load_tokenizer
 
 BIT = math.log(2)  # nats
 
@@ -16,10 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    sentences = [check_text(sentence, "SENTENCE") for sentence in arguments.sentences]
     from ..evaluation.sentences import score_sentences
 
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
-    scores = score_sentences(model, tokenizer, arguments.sentences)
+    scores = score_sentences(model, tokenizer, sentences)
     if arguments.json:
         print(json.dumps([score.to_dict() for score in scores], ensure_ascii=False))
         return 0

@@ -5,7 +5,7 @@ import json
 import sys
 
 from ..errors import InputError
-from .common import add_model_arguments, load_model, load_tokenizer, require_model
+from .common import add_model_arguments, check_text, load_model, load_tokenizer, require_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(arguments.model)
     pair = choose_pair(pairs_of(tokenizer), arguments.source, arguments.to)
     model = load_model(arguments.model, dtype=arguments.dtype)
-    texts = arguments.texts or [line.rstrip("\n") for line in sys.stdin]
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    texts = [check_text(text, "TEXT") for text in arguments.texts]
+    texts = texts or [check_text(line.rstrip("\n"), f"line {i}") for i, line in enumerate(sys.stdin, 1)]
     translations = translate(model, tokenizer, texts, pair, num_beams=arguments.beams)
     if arguments.json:
         rows = [{"source": text, "translation": found} for text, found in zip(texts, translations, strict=True)]

@@ -29,31 +29,46 @@ def check_template(tokenizer, seconds: float = 5.0) -> None:
         raise InputError(f"chat template: has not made a prompt of one message in {seconds:.0f} seconds.")
 
 
-def prompt_ids(tokenizer, messages: list[dict], limit: int | None, room: int) -> list[int]:
+def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
     """
-    The tokens of a conversation up to where the answer starts; the oldest turns (not a system message) are left out
-    until `room` tokens are free.
+    The tokens of a conversation up to where the answer starts.
+
+    Raises:
+        InputError: there is no chat template, or it fails.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template: train with task: chat, or use hf-lm generate.")
+    with explained("chat template"):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def fit_conversation(
+    tokenizer, messages: list[dict], limit: int | None, max_new_tokens: int
+) -> tuple[list[dict], list[int], int]:
+    """
+    The turns that the model can read, their tokens, and how long the answer may be.
+
+    The oldest turns (not a system message) are left out until there is room for `max_new_tokens`, or for half of what
+    the model takes where that is less. A last turn that leaves less room than that gets the answer that fits.
 
     Args:
         messages: `role` and `content` of each turn, the user's last.
         limit: tokens that the model takes, the answer included; None: any number.
 
     Raises:
-        InputError: there is no chat template, or the last turn alone is too long.
+        InputError: there is no chat template, or the last turn alone leaves no room at all.
     """
-    if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template: train with task: chat, or use hf-lm generate.")
+    start = 1 if messages[0]["role"] == "system" else 0
     while True:
-        with explained("chat template"):
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if limit is None or len(ids) + room <= limit:
-            return ids
-        start = 1 if messages[0]["role"] == "system" else 0
+        ids = prompt_ids(tokenizer, messages)
+        if limit is None or len(ids) + min(max_new_tokens, limit // 2) <= limit:
+            break
         if len(messages) - start <= 1:
-            raise InputError(
-                f"the message has {len(ids)} tokens; the model takes {limit}, {room} for the answer included."
-            )
+            if len(ids) >= limit:
+                raise InputError(f"the message has {len(ids)} tokens; the model takes {limit}, the answer included.")
+            break
         messages = messages[:start] + messages[start + 2 :]
+    return messages, ids, max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
 
 
 def context_limit(model) -> int | None:
@@ -83,7 +98,7 @@ def first_answers(
     for row in conversations:
         turns = row["messages"]
         answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        ids = prompt_ids(tokenizer, turns[:answer], None, 0) if answer else []
+        ids = prompt_ids(tokenizer, turns[:answer]) if answer else []
         if ids and len(ids) + room <= (limit or math.inf):
             prompts.append((turns[:answer], ids))
     answers = []

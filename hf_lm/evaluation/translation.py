@@ -92,19 +92,20 @@ def translate(
 
     Texts of like length share a batch, padded on the left; what else is in a batch does not change a translation. It
     has at most twice as many tokens as its source (rounded up to a multiple of 16), and 16 more. A source that leaves
-    no room for 16 in the model's `max_position_embeddings` is cut at its end, which is said.
+    no room for 16 (or half) of the model's `max_position_embeddings` is cut at its end, which is said.
     """
     prompts = dict(enumerate(encode_sources(tokenizer, texts, pair))) if texts else {}
     prompts = {number: ids for number, ids in prompts.items() if texts[number].strip()}
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    too_long = [number for number, ids in prompts.items() if len(ids) > limit - 16]
+    longest_source = limit - min(16, limit // 2)
+    too_long = [number for number, ids in prompts.items() if len(ids) > longest_source]
     for number in too_long:
-        prompts[number] = [*prompts[number][: limit - 17], prompts[number][-1]]
+        prompts[number] = [*prompts[number][: longest_source - 1], prompts[number][-1]]
     if too_long:
         logger.warning(f"{len(too_long)} of {len(texts)} texts are too long for the model and cut at their end.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     translations = [""] * len(texts)
-    sizes = {number: min(-(-len(ids) // 16) * 16, limit - 16) for number, ids in prompts.items()}
+    sizes = {number: min(-(-len(ids) // 16) * 16, longest_source) for number, ids in prompts.items()}
     groups = [list(group) for _, group in groupby(sorted(prompts, key=sizes.get), key=sizes.get)]
     batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
     for batch in batches:
