@@ -16,23 +16,48 @@ SPECIAL_TOKENS = [BOS, EOS, PAD]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 KINDS = ("bpe", "char", "byte")
 PIECE = 1 << 14  # characters after which a long text is cut
+LONGEST_PIECE = (
+    1 << 20
+)  # characters after which a text is cut wherever that is: a token needs a hundred bytes of memory
+UNSPACED = 1 << 24  # characters that merges are learned from of text without white space, of which each takes 60 bytes
+# Bytes after which a word is cut while merges are learned: their time grows with the square of its length. Few texts
+# with white space have such words, and without it (DNA, base64) merges across the cuts are hardly missed.
+LONGEST_WORD = 512
+BOUNDED = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
 # In front of white space that comes after something printed. The lookbehind is stricter than "not white space", about
 # which Python and the tokenizers disagree for some control characters.
 CUT = re.compile(r"(?<=[!-~\w])(?=[ \n])")
 
 
 def cut(text: str) -> Iterator[str]:
-    """A text in pieces, so that its length bounds neither memory nor time; see `may_be_cut`."""
+    """
+    A text in pieces, so that its length bounds neither memory nor time; see `may_be_cut`. Where there is nothing but
+    letters for `LONGEST_PIECE` characters, the cut may fall into a token.
+    """
     start = 0
-    while found := CUT.search(text, start + PIECE):
-        yield text[start : found.start()]
-        start = found.start()
+    while len(text) - start > PIECE:
+        found = CUT.search(text, start + PIECE, start + LONGEST_PIECE)
+        if found is None and len(text) - start <= LONGEST_PIECE:
+            break
+        end = found.start() if found else start + LONGEST_PIECE
+        yield text[start:end]
+        start = end
     yield text[start:]
+
+
+def _to_learn_from(texts: Iterable[str]) -> Iterator[str]:
+    """The pieces of some texts, and no more than `UNSPACED` characters of what has no white space to be cut at."""
+    room = UNSPACED
+    for piece in (piece for text in texts for piece in cut(text)):
+        if len(piece) > 2 * PIECE:
+            room -= len(piece)
+        if len(piece) <= 2 * PIECE or room >= 0:
+            yield piece
 
 
 def may_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
-    Whether the pieces of `cut` have exactly the tokens of the whole text.
+    Whether the pieces of `cut` have exactly the tokens of the whole text (but where it has no white space for long).
 
     That is so where words are found by GPT-2's pattern (a word has white space at its start or is nothing else, and
     nothing looks back), where digits are at most set apart, where the text is not changed before, and where no added
@@ -81,7 +106,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, kind: str = "b
         )
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = words
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, BOUNDED])
     if kind == "char":  # merges are learned inside the bytes of one character only
         one_character = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -93,9 +118,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, kind: str = "b
         initial_alphabet=ALPHABET,
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in cut(text))
-    tokenizer.train_from_iterator(pieces if kind != "byte" else [], trainer)
-    # Words are quicker than characters, and give the same: a merge's right side never starts a character in UTF-8.
+    tokenizer.train_from_iterator(_to_learn_from(texts) if kind != "byte" else [], trainer)
+    # For encoding, words need no bound: that takes little more than linear time. They are quicker than characters, too,
+    # and give the same: a merge's right side never starts a character in UTF-8.
     tokenizer.pre_tokenizer = words
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -138,7 +163,7 @@ def extend_tokenizer(
     first_letter = 0x10000  # beyond white space and surrogates
 
     def spelled() -> Iterator[str]:
-        for piece in (piece for text in texts for piece in cut(text)):
+        for piece in _to_learn_from(texts):
             encoding = tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False)
             pairs = zip(encoding.word_ids, encoding.ids, strict=True)
             words = (
@@ -149,7 +174,7 @@ def extend_tokenizer(
     lines = list(spelled())
     letters = set().union(*lines) - {" "}
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), BOUNDED])
     trainer = trainers.BpeTrainer(vocab_size=len(letters) + new_tokens, show_progress=False)
     learner.train_from_iterator(lines, trainer)
 

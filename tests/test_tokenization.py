@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
+import string
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -101,6 +104,34 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(tokenizer, text):
     assert "".join(pieces) == text
     ids = [index for piece in pieces for index in backend.encode(piece, add_special_tokens=False).ids]
     assert ids == backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letters", ["ACGT", string.ascii_letters + string.digits + "+/", "春眠不觉晓处闻啼鸟", " "])
+def test_text_without_white_space_is_learned_and_read_in_linear_time(letters):
+    text = "".join(random.Random(0).choices(letters, k=1_000_000 // len(letters[0].encode())))
+    start = time.process_time()
+    tokenizer = train_tokenizer([text], 400)
+    assert time.process_time() - start < 10
+    assert max(map(len, tokenizer.get_vocab())) <= tokenization.LONGEST_WORD
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text and time.process_time() - start < 20
+
+
+def test_words_up_to_the_bound_are_learned_whole(monkeypatch):
+    text = "ab" * (tokenization.LONGEST_WORD // 2 - 1)
+    tokens = train_tokenizer([f"{text} {text}"], 300)(f"{text} {text}", add_special_tokens=False).tokens()
+    assert tokens == [text, f"\u0120{text}"]
+    monkeypatch.setattr(tokenization, "UNSPACED", 3 * tokenization.PIECE)
+    pieces = list(tokenization._to_learn_from(["A" * 2 * tokenization.PIECE] * 2 + ["C" * 3 * tokenization.PIECE] * 2))
+    assert [piece[0] for piece in pieces] == ["A", "A", "C"]
+
+
+def test_text_without_white_space_is_cut_all_the_same(monkeypatch):
+    monkeypatch.setattr(tokenization, "PIECE", 4)
+    monkeypatch.setattr(tokenization, "LONGEST_PIECE", 10)
+    assert list(cut("abcdefghijklmn opq")) == ["abcdefghij", "klmn", " opq"]
+    assert list(cut("a" * 25)) == ["a" * 10, "a" * 10, "a" * 5]
 
 
 def test_tokenizers_that_look_across_white_space_are_not_given_pieces():
