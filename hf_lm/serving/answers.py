@@ -51,7 +51,9 @@ class Completion:
             "token_logprobs": [one.log_probability for one in scored],
             "text_offset": [one.start for one in scored],
             "top_logprobs": [
-                None if one.log_probability is None else {texts[token]: value for token, value in one.likeliest}
+                None
+                if one.log_probability is None
+                else {texts[token]: value for token, value in [*one.likeliest, (one.token, one.log_probability)]}
                 for one in scored
             ],
         }
