@@ -344,17 +344,20 @@ def _parquet_tables(paths: list[str]) -> Iterator[pa.Table]:
     Raises:
         InputError: one is damaged, holds other columns than the first, or holds text that is not UTF-8; says where.
     """
-    schema = None
+    schema, damaged = None, "cannot be read: cut short, damaged or not of this format"
     for path in paths:
-        before, reading = 0, f"{path} cannot be read: cut short, damaged or not of this format"
-        with explained(reading):
-            file = ParquetFile(path)
-            own = pa.schema(
-                [part.with_type(_plain(part.type)) for part in file.schema_arrow], file.schema_arrow.metadata
-            )
+        with explained(f"{path} {damaged}"):
+            found = ParquetFile(path).schema_arrow
+            own = pa.schema([part.with_type(_plain(part.type)) for part in found], found.metadata)
         schema = schema or own
         if set(own.names) != set(schema.names):
             raise InputError(f"{path}: its columns are {', '.join(own.names)}; those of {paths[0]} are {', '.join(schema.names)}.")  # fmt: skip
+        with explained(f"{path}: its columns are not of the types of those of {paths[0]}"):
+            schema = pa.unify_schemas([schema, own], promote_options="permissive")  # a column may be empty in one file
+    for path in paths:
+        before, reading = 0, f"{path} {damaged}"
+        with explained(reading):
+            file = ParquetFile(path)
         batches = file.iter_batches(batch_size=ROWS)
         while True:
             with explained(reading):

@@ -319,6 +319,8 @@ def read_artifacts(folder: Path) -> dict:
     if adapter and not config:  # an adapter is described by its base model
         base = Path(adapter.get("base_model_name_or_path") or "")
         config = read_json(base / "config.json") or {"architectures": ["ForCausalLM"]}
+        if adapter.get("task_type") == "SEQ_CLS":  # its head is beside the adapter, the base model may have another
+            config["architectures"] = ["ForSequenceClassification"]
     if not config:
         raise InputError(f"{folder}: not a model folder, it has no config.json.")
     if config.get("model_type") == HfLmConfig.model_type:  # the file leaves defaults out
@@ -380,6 +382,10 @@ def build_card(
     usage = "chat" if chat else "translation" if pair else metadata.pipeline_tag or "feature-extraction"
     auto_class, lines = USAGE[usage]
     lines = lines.replace("en-de", pair or "en-de")
+    labels = (
+        metrics.get("labels") if (folder / "adapter_config.json").exists() else None
+    )  # the base model's are others
+    head = f", id2label={dict(enumerate(labels))}" if labels and usage == "text-classification" else ""
     remote_code = "auto_map" in artifacts["config"]
     # The tokenizer is none of ours, but the library asks before it looks at the config.
     trust = ", trust_remote_code=True" if remote_code else ""
@@ -397,7 +403,7 @@ def build_card(
         usage=f"from transformers import {auto_class}, AutoTokenizer\n\n"
         f"model_id = {json.dumps(name)}  # or the path of this folder\n"
         f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})\n"
-        f"model = {auto_class}.from_pretrained(model_id{trust})\n{lines}",
+        f"model = {auto_class}.from_pretrained(model_id{trust}{head})\n{lines}",
         remote_code=remote_code,
         has_chat_template=chat,
         has_loss_curve=(folder / "loss_curve.png").exists(),

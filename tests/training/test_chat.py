@@ -133,6 +133,10 @@ def test_a_model_without_a_template_is_told(tmp_path, recipe, capsys):
             [{"prompt": "1+1", "completion": 2}, {"prompt": "1/2", "completion": 0.5}],
             "row 1: column completion is 2, not text",
         ),
+        (
+            [{"prompt": turns("a", "b"), "completion": turns("c", "d")[1:]}],
+            "row 1: prompt has a message of the assistant",
+        ),
         ([{"text": "a", "label": "b"}], "learned by task: sequence-classification"),
         ([{"messages": turns("word " * 200, "So.")}] * 2, "all 2 examples are longer than block_size 64"),
     ],
@@ -143,10 +147,19 @@ def test_bad_rows_are_named(chat, tmp_path, rows, message):
         trainer_of(chat(train_file=path, test_file=None, validation_split_percentage=0))
 
 
-def test_prompt_and_completion_are_a_conversation(chat, tmp_path):
-    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": a, "completion": b} for a, b in PAIRS])
-    trainer = trainer_of(chat(train_file=path, test_file=None, validation_split_percentage=0, packing=False))
-    assert "Call me Ishmael." in trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+def test_conversations_are_read_in_all_forms_in_use(chat, tmp_path):
+    parts = lambda turn: {**turn, "content": [{"type": "text", "text": part} for part in turn["content"]]}  # noqa: E731
+    forms = {
+        "pairs": lambda a, b: {"prompt": a, "completion": b},
+        "lists": lambda a, b: {"prompt": turns(a, b)[:1], "completion": turns(a, b)[1:]},  # TRL's
+        "parts": lambda a, b: {"messages": [*map(parts, turns(a, b))]},  # OpenAI's
+    }
+    seen = []
+    for name, form in forms.items():
+        path = write_rows(tmp_path / f"{name}.jsonl", [form(*pair) for pair in PAIRS])
+        trainer = trainer_of(chat(train_file=path, test_file=None, validation_split_percentage=0, packing=False))
+        seen.append([trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset])
+    assert "Call me Ishmael." in seen[0][0] and seen[0] == seen[1] == seen[2]
 
 
 def test_one_conversation_cannot_be_split(chat, tmp_path):

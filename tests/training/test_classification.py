@@ -331,12 +331,18 @@ def test_empty_texts_are_left_out_and_counted(task_recipe, rows, caplog):
 
 @pytest.mark.slow  # needs peft, which the long tests install
 @pytest.mark.parametrize("task", TASKS)
-def test_an_adapter_and_its_head_are_saved_and_merged(task_recipe, base, tmp_path, rows, task):
+def test_an_adapter_and_its_head_are_saved_and_merged(task_recipe, base, tmp_path, rows, task, monkeypatch, capsys):
     keys = {"model_name_or_path": base, "use_peft": True, "config_overrides": None, "muon_learning_rate": None}
     metrics = run(task_recipe(task=task, **keys, max_steps=60, learning_rate=0.02))
     assert metrics["accuracy"] > 0.8
     assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    tag = "text-classification" if task == "sequence-classification" else "text-generation"
+    assert f"\npipeline_tag: {tag}\n" in text
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
     if task == "sequence-classification":
+        assert capsys.readouterr().out.splitlines()[-1] in ("Chinese", "English")
         classify = pipeline("text-classification", model=str(tmp_path / "merged"))
         test = rows[rows["split"] == "test"]
         found = [row["label"] for row in classify(test["text"].tolist(), batch_size=8, truncation=True, max_length=96)]

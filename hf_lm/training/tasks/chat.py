@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, Features, Json
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...data.documents import cells_as_text, load_rows, task_hint
@@ -36,11 +36,28 @@ def use_chat_template(tokenizer) -> None:
             tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
 
 
-def _messages(row: dict) -> dict:
+def _of_pair(row: dict) -> dict:
+    """A prompt and its completion, texts or (as TRL has them) lists of messages, as one conversation."""
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return {"messages": prompt + completion}
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}
+
+
+def _has_parts(turn) -> bool:
+    """Whether a message has its content in parts, `[{"type": "text", "text": "..."}]`."""
+    parts = turn.get("content") if isinstance(turn, dict) else None
+    return isinstance(parts, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
+    )
+
+
+def _join_parts(row: dict) -> dict:
+    turns = row["messages"] if isinstance(row["messages"], list) else []
     return {
         "messages": [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"]},
+            {**turn, "content": "".join(part["text"] for part in turn["content"])} if _has_parts(turn) else turn
+            for turn in turns
         ]
     }
 
@@ -57,13 +74,25 @@ def _check(rows, where: str):
     Raises:
         InputError: no such column, or a row in it is not a conversation with an answer.
     """
-    names = rows.column_names
+    names, features = rows.column_names, Features({"messages": Json()})
     if "messages" not in names and {"prompt", "completion"} <= set(names):
-        rows = cells_as_text(rows, ("prompt", "completion"), where).map(_messages, remove_columns=names)
+        if isinstance(next(iter(rows), {}).get("prompt"), list):
+            for number, row in enumerate(rows, 1):
+                if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in row["prompt"] or ()):
+                    raise InputError(
+                        f"{where}: row {number}: prompt has a message of the assistant, which would be learned; "
+                        "write messages."
+                    )
+        else:
+            rows = cells_as_text(rows, ("prompt", "completion"), where)
+        rows = rows.map(_of_pair, remove_columns=names, features=features)
     elif "messages" not in names:
         raise InputError(
             f"{where}: needs a column messages (or prompt and completion); it has {', '.join(names)}.{task_hint(names)}"
         )
+    turns = next(iter(rows), {}).get("messages")
+    if isinstance(turns, list) and any(map(_has_parts, turns)):
+        rows = rows.map(_join_parts, features=features, remove_columns=rows.column_names)
     for number, row in enumerate(rows, 1):
         turns = row["messages"]
         if not turns or not isinstance(turns, list) or not all(map(_is_message, turns)):
