@@ -17,8 +17,15 @@ from .keys import ModelArguments, TrainingKeys, defaults_of_run
 from .metrics import decide_direction, greater_is_better
 from .recipe_file import Key, expand_path, read_recipe, read_words
 from .synonyms import hint
+from .verdicts import refuse_arguments
 
 logger = logging.get_logger(__name__)
+AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "learning_rate": 0, "muon_learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0,
+    "warmup_steps": 0, "logging_steps": 0, "eval_steps": 0, "eval_delay": 0, "save_steps": 0, "save_total_limit": 0,
+    "sample_tokens": 1, "max_divergences": 0, "dataloader_num_workers": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -51,6 +58,16 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
             raise InputError(f"spike_factor: must be more than 1, got {self.spike_factor}.")
         if not 0 <= self.muon_momentum < 1:
             raise InputError(f"muon_momentum: must be at least 0 and less than 1, got {self.muon_momentum}.")
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InputError(f"{name}: must be at least {least}, got {value}.")
+        if not 0 <= self.lr_decay_ratio <= 1:
+            raise InputError(f"lr_decay_ratio: must be 0 to 1, a share of the steps, got {self.lr_decay_ratio}.")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(f"max_steps: must be at least 1, or -1 to train num_train_epochs, got {self.max_steps}.")
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise InputError(f"num_train_epochs: must be more than 0, got {self.num_train_epochs}.")
         self.use_cpu = device == "cpu"  # upstream takes bfloat16 on a CPU only when told that it is one
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):  # as YAML has it
             self.fsdp = self.fsdp.lower() == "true"
@@ -60,10 +77,34 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
             if self.early_stopping_patience < 1:
                 raise InputError(f"early_stopping_patience: must be at least 1, got {self.early_stopping_patience}.")
             self.load_best_model_at_end = True
+        keeps_best, self.load_best_model_at_end = self.load_best_model_at_end, bool(self.load_best_model_at_end)
         given = self.greater_is_better
         super().__post_init__()
         if self.metric_for_best_model is not None:
             self.greater_is_better = decide_direction(self.metric_for_best_model, given)
+        self.load_best_model_at_end = keeps_best  # None until `keep_best_by_default` knows how often the text is read
+
+
+def keep_best_by_default(arguments: HfLmTrainingArguments, rows: int | None) -> None:
+    """
+    Decide `load_best_model_at_end` where a recipe does not: keep the best checkpoint of a run that reads its text twice
+    or more, if every checkpoint is made at a step that is evaluated.
+
+    Args:
+        rows: of the training data; None for a stream.
+    """
+    if arguments.load_best_model_at_end is not None:
+        return
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    epochs = arguments.max_steps * batch / rows if rows and arguments.max_steps > 0 else arguments.num_train_epochs
+    evaluated = arguments.eval_strategy == arguments.save_strategy != "no"
+    if arguments.save_strategy == "steps":
+        evaluated = evaluated and (arguments.save_steps >= 1) == (arguments.eval_steps >= 1)
+        evaluated = evaluated and round(arguments.save_steps * 1e6) % round(arguments.eval_steps * 1e6) == 0
+    is_sharded = bool(arguments.fsdp or arguments.deepspeed)
+    arguments.load_best_model_at_end = bool(rows and epochs >= 2 and evaluated and not is_sharded)
+    if arguments.load_best_model_at_end and arguments.metric_for_best_model is None:
+        arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
 
 
 def add_own_keys(arguments: TrainingArguments) -> None:
@@ -163,6 +204,9 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataA
             values[name] = [expand_path(name, path) for path in paths] if is_list else expand_path(name, paths)
     values = defaults_of_run(values.get("model_name_or_path") is None, values) | values
     values = {name: value for name, value in values.items() if value is not None}
+    refuse_arguments(
+        {name: value for name, value in values.items() if value != getattr(TrainingArguments, name, None)}
+    )
     try:
         return tuple(
             group(**{field.name: values[field.name] for field in fields(group) if field.name in values})

@@ -22,7 +22,9 @@ from .trainer import HfLmTrainer
 RECIPE_FILE = "recipe.yaml"  # what a folder must hold to count as one of our runs
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "hf-lm")
 # Not part of a recipe: what is asked of one run of it, and what the machine decides.
-NOT_IN_RECIPE = {"overwrite", "resume", "allow_changes", "restart_missing_state", "use_cpu", "do_eval"}
+NOT_IN_RECIPE = {
+    "overwrite", "resume", "resume_from_checkpoint", "allow_changes", "restart_missing_state", "use_cpu", "do_eval",
+}  # fmt: skip
 
 
 def recipe_of(model_arguments, data_arguments, training_arguments) -> dict:

@@ -1,6 +1,7 @@
 """What a person sees of a run while it goes on, and how they stop it."""
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
@@ -69,7 +71,7 @@ def continue_prompts(trainer, count: int = 1) -> list[dict]:
 
 class SampleCallback(TrainerCallback):
     """
-    At each evaluation, continue some prompts; written to `samples.jsonl` and TensorBoard, which gets histograms of the
+    At each evaluation, continue some prompts; written to the terminal, `samples.jsonl` and TensorBoard, which gets histograms of the
     weights and the model's graph as well if that is asked for.
     """
 
@@ -97,10 +99,68 @@ class SampleCallback(TrainerCallback):
             return
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for sample in samples:
+                tqdm.write(f"Sample at step {state.global_step}: {sample['text']}\n", file=sys.stderr)
                 file.write(json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) + "\n")
         for board in self._boards():
             for number, sample in enumerate(samples):
                 board.add_text(f"sample/{number}", sample["text"], state.global_step)
+
+
+def explosion(log: list[dict], uniform: float = math.inf) -> str | None:
+    """
+    Say that the training loss has exploded, if it has: to more than twice its least value and 1 nat.
+
+    Args:
+        log: `TrainerState.log_history`.
+        uniform: loss of a uniform guess, in nats.
+    """
+    losses = [(entry["loss"], entry["step"]) for entry in log if "loss" in entry]
+    (least, at), (last, step) = min(losses), losses[-1]
+    if last <= 2 * min(least, uniform) + 1:
+        return None
+    before = f"{least:.4g} at step {at}" if least <= uniform else f"{uniform:.4g} for a uniform guess"
+    return f"the loss exploded: {last:,.4g} at step {step}, {before}. Lower learning_rate or muon_learning_rate."
+
+
+def overfitting(log: list[dict]) -> str | None:
+    """Say that held-out loss is 1% above its least value while training loss has fallen, if that is so."""
+    held_out = [(entry["eval_loss"], entry["step"]) for entry in log if "eval_loss" in entry]
+    losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    (least, at), (last, step) = min(held_out), held_out[-1]
+    before = [loss for when, loss in losses.items() if when <= at]
+    if not before or last <= 1.01 * least or not (after := list(losses.values())[-1]) < before[-1]:
+        return None
+    return (
+        f"the model overfits: held-out loss rose from {least:.4g} at step {at} to {last:.4g} at step {step}, training "
+        f"loss fell from {before[-1]:.4g} to {after:.4g}. More text, fewer steps or a smaller model help."
+    )
+
+
+class TroubleCallback(TrainerCallback):
+    """Say once that the loss exploded, and once that the model overfits."""
+
+    def __init__(self):
+        self.said: set[str] = set()
+
+    def _say(self, state, kind: str, text: str | None) -> None:
+        if text and kind not in self.said and state.is_world_process_zero:
+            self.said.add(kind)
+            tqdm.write(f"Warning: {text}", file=sys.stderr)
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if "loss" in logs:
+            vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0) if model.can_generate() else 0
+            self._say(state, "explosion", explosion(state.log_history, math.log(vocabulary or math.inf)))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if any("eval_loss" in entry for entry in state.log_history):
+            kept = (
+                " The best checkpoint is kept."
+                if args.load_best_model_at_end
+                else " load_best_model_at_end keeps the best."
+            )
+            text = overfitting(state.log_history)
+            self._say(state, "overfitting", text and text + kept)
 
 
 def outlive_first_signal(seed_worker, worker_id: int) -> None:

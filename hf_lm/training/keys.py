@@ -119,6 +119,13 @@ class TrainingKeys:
     )
     log_histograms: bool = field(default=False, metadata={"help": "weights to TensorBoard, at each evaluation"})
     log_graph: bool = field(default=False, metadata={"help": "the model's graph to TensorBoard"})
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "keep the best checkpoint instead of the last one; default: where the text is read twice or more and "
+            "each checkpoint is evaluated"
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "stop after this number of evaluations without a new best metric_for_best_model"},

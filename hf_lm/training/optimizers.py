@@ -1,10 +1,13 @@
 """Muon for the matrices of the decoder layers, AdamW for everything else, as one optimizer that checkpoints as one."""
 
+import copy
 from collections import defaultdict
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
+from transformers import Trainer, TrainingArguments
 
+from ..errors import InputError, explained
 from .hardware import has_fast_bfloat16
 
 # Coefficients of the quintic Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/
@@ -83,11 +86,12 @@ def newton_schulz_flops(low: int, high: int, half: bool, steps: int = 5) -> floa
     return 4 * low**2 * high + (8 * steps - 6) * low**3
 
 
-class MuonAdamW(torch.optim.AdamW):
+class BesideMuon:
     """
-    AdamW, with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the parameter groups that
-    carry `"muon": True`. Those may hold two-dimensional parameters only; they use `lr`, `momentum` (default 0.95,
-    Nesterov) and `weight_decay` of their group, and the update is scaled by `sqrt(max(1, rows / columns))`.
+    What makes an optimizer train by Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) the parameter
+    groups that carry `"muon": True`; a base class in front of that of the optimizer. Those groups hold two-dimensional
+    parameters only; they use `lr`, `momentum` (default 0.95, Nesterov) and `weight_decay` of their group, and the update
+    is scaled by `sqrt(max(1, rows / columns))`.
 
     Matrices of the same shape are orthogonalised together. `torch.optim.Muon` gives the same update (see the tests),
     but treats one matrix at a time and needs a second optimizer beside it, which `Trainer` cannot checkpoint.
@@ -97,11 +101,12 @@ class MuonAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params, lr: float = 1e-3, **kwargs):
-        super().__init__(params, lr=lr, **kwargs)
+        groups = [{"muon": False, **(group if isinstance(group, dict) else {"params": [group]})} for group in params]
+        super().__init__(
+            [{"momentum": 0.95, **group} if group["muon"] else group for group in groups], lr=lr, **kwargs
+        )
         for group in self.param_groups:
-            group.setdefault("muon", False)
             if group["muon"]:
-                group.setdefault("momentum", 0.95)
                 for parameter in group["params"]:
                     if parameter.ndim != 2:
                         raise ValueError(f"Muon trains matrices, got a parameter of shape {tuple(parameter.shape)}.")
@@ -137,8 +142,8 @@ class MuonAdamW(torch.optim.AdamW):
             gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 state = self.state[parameter]
-                if not state:
-                    state |= first_state(parameter, MUON_STATE)
+                if MUON_STATE[0] not in state:  # Adagrad has already made its own
+                    state = self.state[parameter] = first_state(parameter, MUON_STATE)
                 state["step"] += 1
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
@@ -147,3 +152,68 @@ class MuonAdamW(torch.optim.AdamW):
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+class MuonAdamW(BesideMuon, torch.optim.AdamW):
+    """AdamW, with Muon for the parameter groups that carry `"muon": True` (see `BesideMuon`)."""
+
+
+def with_muon(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """
+    `MuonAdamW` for AdamW, and the like for torch's other optimizers and for Adafactor.
+
+    Raises:
+        InputError: it is none of those, so that what it does with parameter groups is not known.
+    """
+    if optimizer is torch.optim.AdamW:
+        return MuonAdamW
+    if not isinstance(optimizer, type) or not optimizer.__module__.startswith(("torch.optim.", "transformers.")):
+        raise InputError(
+            f"muon_learning_rate: {getattr(optimizer, '__name__', optimizer)} cannot train the rest; choose as optim "
+            "adamw_torch, adafactor, sgd, adagrad or rmsprop, or leave muon_learning_rate out."
+        )
+    return type(f"Muon{optimizer.__name__}", (BesideMuon, optimizer), {})
+
+
+def optimizer_class(arguments: TrainingArguments, model=None) -> tuple[type[torch.optim.Optimizer], dict]:
+    """
+    The class and the options that `optim` and `optim_args` ask for.
+
+    Raises:
+        InputError: a package is missing, or the optimizer does not read an entry of `optim_args`.
+    """
+    name = arguments.optim
+
+    def build(optim_args: str | None):
+        changed = copy.copy(arguments)
+        changed.optim_args = optim_args
+        return Trainer.get_optimizer_cls_and_kwargs(changed, model)
+
+    with explained(f"optim: {getattr(name, 'value', name)}"):
+        found = build(arguments.optim_args)
+        entries = (arguments.optim_args or "").replace(" ", "").split(",")
+        for entry in filter(None, entries):
+            others = build(",".join(other for other in entries if other != entry))
+            if entry.startswith("weight_decay=") or others[1] == found[1]:
+                key = entry.partition("=")[0]
+                raise InputError(
+                    f"optim_args: {key} is not read; it is {getattr(name, 'value', name)} that is trained with."
+                )
+    return found
+
+
+def check_rates(scheduler, steps: int, options: dict | None) -> None:
+    """
+    Raises:
+        InputError: `lr_scheduler_kwargs` make a learning rate below 0 or above its peak, or a decay longer than the run.
+    """
+    decay = (options or {}).get("num_decay_steps", 0)
+    if not 0 <= decay <= steps:
+        raise InputError(f"lr_scheduler_kwargs: num_decay_steps must be 0 to {steps} (the run's steps), got {decay}.")
+    for rate_at in getattr(scheduler, "lr_lambdas", ()):
+        for step in range(0, steps, max(1, steps // 100)):
+            rate = rate_at(step)
+            if isinstance(rate, complex) or not 0 <= rate < 1 + 1e-6:
+                raise InputError(
+                    f"lr_scheduler_kwargs: {options} makes the learning rate {rate} times its value at step {step}."
+                )

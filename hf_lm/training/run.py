@@ -1,6 +1,7 @@
 """A training run from recipe to finished folder: tokenizer, data, model, training, evaluation, card."""
 
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ from ..errors import InputError
 from ..hub.push import PushCallback
 from .arguments import HfLmTrainingArguments, ModelArguments
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
-from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback
+from .callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback, TroubleCallback
 from .checkpoints import checkpoint_to_resume
 from .hardware import hand_back_memory, keep_freed_memory
 from .tasks import task_class
@@ -31,6 +32,13 @@ from .trainer import STOPPER_COUNT, HfLmTrainer
 FREE_TO_CHANGE = {
     "license", "language", "data_license", "show_examples", "validation_file", "test_file", "max_eval_samples",
 }  # fmt: skip
+
+
+# Entries of metrics.json that say what a run took: those of a finished run stay when it is resumed.
+COSTS = (
+    "predicted", "actual", "train_seconds", "train_tokens_per_second", "total_seconds", "peak_memory_bytes",
+    "peak_device_memory_bytes", "model_flops_utilization", "hardware", "processes",
+)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -46,7 +54,7 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     Look at the output folder before anything is written.
 
     Returns:
-        The checkpoint to go on from, with `resume`; else None.
+        The checkpoint to go on from, with `resume` or `resume_from_checkpoint`; else None.
 
     Raises:
         InputError: the folder cannot be written to; or it holds a run and neither `overwrite` nor `resume` is given; or it holds other files; or
@@ -58,17 +66,26 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
         raise InputError(f"output_dir: {place} is a file.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"output_dir: {place} is not writable.")
+    named = str(arguments.resume_from_checkpoint or "")
+    if named.lower() in ("true", "false", ""):
+        arguments.resume |= named.lower() == "true"
+        named = ""
     if arguments.overwrite and arguments.resume:
         raise InputError("overwrite and resume exclude each other.")
-    if arguments.resume:
-        return str(checkpoint_to_resume(arguments))
+    if arguments.resume and named:
+        raise InputError("resume and resume_from_checkpoint exclude each other.")
+    checkpoint = str(checkpoint_to_resume(arguments, named or None)) if named or arguments.resume else None
+    if checkpoint and Path(checkpoint).resolve().parent == folder.resolve():
+        if arguments.overwrite:
+            raise InputError(f"overwrite: would delete {checkpoint}, which resume_from_checkpoint names.")
+        return checkpoint
     if not folder.is_dir() or not any(folder.iterdir()):
-        return None
+        return checkpoint
     if not (folder / RECIPE_FILE).exists():
         raise InputError(f"output_dir: {folder} holds files that are not a training run's; name another folder.")
     if not arguments.overwrite:
         raise InputError(f"output_dir: {folder} already holds a run; add --overwrite or --resume, or name another.")
-    return None
+    return checkpoint
 
 
 def show_examples(trainer: HfLmTrainer, count: int) -> None:
@@ -89,9 +106,11 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
         Interrupted: a signal ended the run; it was saved.
     """
     progress, interrupt = HfLmProgressCallback(trainer), InterruptCallback()
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    for callback in (progress, SampleCallback(trainer), interrupt, PushCallback()):
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:  # else transformers prints each log
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(progress)
+    for callback in (TroubleCallback(), SampleCallback(trainer), interrupt, PushCallback()):
         trainer.add_callback(callback)
     if trainer.args.early_stopping_patience is not None:
         state = (
@@ -114,6 +133,13 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
     if interrupt.signal is not None:
         checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         raise Interrupted(interrupt.signal, os.path.join(trainer.args.output_dir, checkpoint))
+
+
+def costs_of(folder: Path) -> dict:
+    """What a run's `metrics.json` says of its costs; `{}` if there is none."""
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: metrics[key] for key in COSTS if key in metrics}
 
 
 def train(
@@ -155,19 +181,24 @@ def train(
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(folder, recipe)
+    costs_before = costs_of(folder)
     fit(trainer, checkpoint)
     actual = {
         "train_seconds": trainer.train_seconds,
         "trained_seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
     }
-    if predicted:
+    if trainer.had_finished:  # what the run took is what it took when it was trained
+        predicted, actual = costs_before.get("predicted"), costs_before.get("actual", actual)
+    elif predicted:
         print(f"Actual: {in_words(actual, predicted)}", file=sys.stderr)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {"task": data_arguments.task, **task.scores(trainer), "train_loss": losses[-1] if losses else None}
     metrics |= {"predicted": predicted, "actual": actual}
     metrics["quality"] = measure_quality(trainer)
     metrics |= describe(trainer, model_arguments, data_arguments, time.perf_counter() - start)
+    if trainer.had_finished:
+        metrics |= costs_before
     metrics["summary"] = task.summary(metrics)
     save_run(trainer, metrics)
     return metrics

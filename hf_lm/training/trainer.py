@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import EarlyStoppingCallback, TrainerState
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 from transformers.utils import logging
@@ -31,10 +31,10 @@ from transformers.utils import logging
 from ..data.collator import SIZE, PackedCollator, SizedCollator
 from ..data.packing import IGNORED
 from ..data.streams import EndlessStream
-from ..errors import InputError
+from ..errors import InputError, explained, one_line
 from ..evaluation.text import TextScore, token_log_probabilities
 from .arguments import HfLmTrainingArguments, add_own_keys, decisive
-from .callbacks import end_workers, outlive_first_signal
+from .callbacks import InterruptCallback, end_workers, outlive_first_signal
 from .checkpoints import (
     ASIDE,
     MANIFEST,
@@ -49,7 +49,7 @@ from .checkpoints import (
 )
 from .divergence import TrainingDiverged, Watch, norm_of, sampler_of
 from .metrics import BITS_PER_BYTE, LANGUAGE_MODELING, WholeSet, missing_metric_explained, require_reported
-from .optimizers import MuonAdamW, lay_out_states
+from .optimizers import check_rates, lay_out_states, optimizer_class, with_muon
 
 logger = logging.get_logger(__name__)
 STOPPER_COUNT = "early_stopping_patience_counter"  # of upstream's callback, as checkpoints hold it
@@ -66,7 +66,7 @@ class HfLmTrainer(Trainer):
 
     - `evaluate` weighs every token alike, so that its numbers (loss in nats per token, perplexity, bits per byte) do
       not depend on batch size or number of processes. A `compute_metrics` of your own takes its place.
-    - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `MuonAdamW`).
+    - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `BesideMuon`), the rest by what `optim` says.
     - a checkpoint appears complete or not at all (see `checkpoints.py`), and a run goes on from it to the same bits.
       `train(resume_from_checkpoint=True)` takes the newest valid one. A run that has finished is not trained further.
     - a NaN or infinite loss or gradient raises `TrainingDiverged` before the optimizer steps, or does what
@@ -109,6 +109,7 @@ class HfLmTrainer(Trainer):
         self._scores: tuple[int, dict] = (-1, {})  # of the last evaluation, and its step
         base = getattr(self.model, "get_base_model", lambda: self.model)()  # of a model wrapped by PEFT
         self._can_skip_logits = "skip_logits" in inspect.signature(base.forward).parameters
+        self.had_finished = False  # when it was resumed
         self.watch = Watch(self)
         self._pace: tuple[float, int] | None = None  # time and tokens when the last log, evaluation or save was over
         self._losses: list[torch.Tensor] = []  # of the batches of the update under way
@@ -142,7 +143,7 @@ class HfLmTrainer(Trainer):
                     )
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 self._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)
-                self.state = state
+                self.state, self.had_finished = state, True
                 return TrainOutput(state.global_step, 0.0, {})
         self._clock = time.perf_counter()
         try:
@@ -302,7 +303,10 @@ class HfLmTrainer(Trainer):
         is_new = self.optimizer is None
         if is_new and getattr(self.args, "muon_learning_rate", None) is not None:
             self._create_muon(self.model if model is None else model)
-        optimizer = super().create_optimizer(model)
+        try:
+            optimizer = super().create_optimizer(model)
+        except (ValueError, TypeError) as error:
+            raise error if isinstance(error, InputError) else InputError(f"optim: {one_line(error)}") from error
         if (
             is_new
             and self.args.device.type == "cpu"
@@ -322,8 +326,8 @@ class HfLmTrainer(Trainer):
                 is_layer_matrix = parameter.ndim == 2 and re.search(r"(^|\.)layers\.\d+\.", name)
                 groups["muon" if is_layer_matrix else "decayed" if name in decayed else "plain"].append(parameter)
         weight_decay = self.args.weight_decay
-        _, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = MuonAdamW(
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = with_muon(kind)(
             [
                 {
                     "params": groups["muon"],
@@ -338,7 +342,15 @@ class HfLmTrainer(Trainer):
             **options,
         )
 
+    get_optimizer_cls_and_kwargs = staticmethod(optimizer_class)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        with explained("lr_scheduler_kwargs"):
+            scheduler = self._create_scheduler(num_training_steps, optimizer)
+            check_rates(scheduler, num_training_steps, self.args.lr_scheduler_kwargs)
+        return scheduler
+
+    def _create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None):
         if self.args.lr_scheduler_type == "warmup_stable_decay" and not self.args.lr_scheduler_kwargs:
             warmup = self.args.get_warmup_steps(num_training_steps)
             decay = min(round(num_training_steps * self.args.lr_decay_ratio), num_training_steps - warmup)
@@ -359,14 +371,17 @@ class HfLmTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """
-        Write a checkpoint aside. While training goes on, a thread hashes it, waits for the disk and moves it into place.
+        Write a checkpoint into a temporary folder. While training continues, a thread hashes it, syncs it to the disk and
+        renames it. Callbacks that do something in `on_save` find it renamed: training waits where there is one.
         """
         self._finish_saving()
         self._pace = None
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         run = Path(self._get_output_dir(trial))
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if not self.accelerator.reduce(norm_of(trained), "mean").isfinite():
+        norm, is_read = norm_of(trained), self._is_read_when_saved()
+        norm, is_read = self.accelerator.reduce(torch.stack([norm, norm.new_tensor(is_read)]), "mean")
+        if not norm.isfinite():
             raise TrainingDiverged(
                 f"the weights are not finite at step {self.state.global_step}: {name} is not saved."
             )
@@ -386,9 +401,17 @@ class HfLmTrainer(Trainer):
             self._saving_aside, self.args.save_total_limit = False, limit
         if self.args.should_save:
             self._sealing = self._thread.submit(self._seal_checkpoint(run, name, limit))
-        if self.args.push_to_hub:
+        if is_read or self.args.push_to_hub:
             self._finish_saving()
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def _is_read_when_saved(self) -> bool:
+        """Whether a callback, such as wandb's or Ray's, may read a checkpoint as soon as it is saved."""
+        harmless = (TrainerCallback.on_save, InterruptCallback.on_save)
+        events = [callback.on_save for callback in self.callback_handler.callbacks]
+        return any(getattr(event, "__func__", event) not in harmless for event in events)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving_aside:  # else it is moved while it is uploaded

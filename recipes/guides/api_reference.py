@@ -74,13 +74,15 @@ def reference() -> str:
     """The whole page."""
     from hf_lm.data.arguments import DataArguments
     from hf_lm.training.keys import ModelArguments, TrainingKeys
+    from hf_lm.training.verdicts import verdict_table
 
     parts = [
         "# Reference\n\nMade by `python recipes/guides/api_reference.py` from the docstrings; do not edit.\n",
         "## Commands\n\n| `hf-lm` | what it does |\n|---|---|",
         *(f"| `{name}` | {what} |" for name, (_, what) in COMMANDS.items()),
-        "\n## Keys of a recipe\n\nAnd all keys of `transformers.TrainingArguments`.\n",
+        "\n## Keys of a recipe\n\nAnd those of `transformers.TrainingArguments` that the next section lists.\n",
         *(f"{keys(group)}\n" for group in (ModelArguments, DataArguments, TrainingKeys)),
+        f"## Arguments of transformers in a recipe\n\nAll those of `transformers.TrainingArguments`:\n\n{verdict_table()}\n",
         f"## Fields of the server\n\nA field that is not listed is refused.\n\n{server_fields()}\n",
         "## The model\n",
         *(entry(f"hf_lm.{name}", getattr(hf_lm, name)) for name in hf_lm.__all__ if name[0] != "_"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hf_lm import HfLmForCausalLM
+from hf_lm.errors import InputError
 from hf_lm.training.arguments import HfLmTrainingArguments
-from hf_lm.training.optimizers import MuonAdamW, orthogonalize
+from hf_lm.training.optimizers import MuonAdamW, orthogonalize, with_muon
 from hf_lm.training.trainer import HfLmTrainer
 
 
@@ -123,3 +124,68 @@ def test_states_that_are_there_from_the_beginning_change_nothing(tiny_config, tm
             optimizer.zero_grad()
         outcomes.append((optimizer.state_dict()["state"], model.state_dict()))
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adagrad", "adafactor", "adamw_torch"])
+def test_optim_trains_what_muon_does_not(tiny_config, tmp_path, name):
+    """The rest is updated as by that optimizer alone, the layers' matrices by Muon; a checkpoint holds both."""
+    ids = torch.randint(0, tiny_config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    outcomes = {}
+    for muon in (None, 0.02, 0.03):
+        torch.manual_seed(0)
+        options = {"optim": name, "learning_rate": 0.003, "muon_learning_rate": muon, "report_to": "none"}
+        model = HfLmForCausalLM(tiny_config)
+        trainer = HfLmTrainer(model, HfLmTrainingArguments(output_dir=str(tmp_path), **options))
+        optimizer = trainer.create_optimizer()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        outcomes[muon] = {key: weight.clone() for key, weight in model.state_dict().items()}
+        state = optimizer.state_dict()
+        optimizer.load_state_dict(state)
+        optimizer.step()
+    by_muon = {key for key, weight in outcomes[None].items() if ".layers." in key and weight.ndim == 2}
+    for key, weight in outcomes[None].items():
+        assert torch.equal(outcomes[0.02][key], weight) == (key not in by_muon), key
+        assert torch.equal(outcomes[0.02][key], outcomes[0.03][key]) == (key not in by_muon), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adamw_bnb_8bit", "muon_learning_rate": 0.02}, "optim: adamw_bnb_8bit: .*bitsandbytes"),
+        ({"optim": "galore_adamw"}, "optim: galore_adamw: "),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,nmesterov=true"}, "optim_args: nmesterov is not read.* sgd"),
+        ({"optim_args": "eps=1e-6"}, "optim_args: eps is not read"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "optim: sgd: "),
+        ({"adam_beta1": 1.5}, "optim: Invalid beta"),
+    ],
+)
+def test_what_an_optimizer_does_not_do_is_refused(tiny_model, tmp_path, changes, message):
+    arguments = HfLmTrainingArguments(output_dir=str(tmp_path), report_to="none", **changes)
+    with pytest.raises(InputError, match=message) as refusal:
+        HfLmTrainer(tiny_model, arguments).create_optimizer()
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_optimizer_that_is_not_known_to_go_with_muon_is_refused():
+    with pytest.raises(InputError, match="muon_learning_rate: Own cannot train the rest; .* sgd"):
+        with_muon(type("Own", (torch.optim.SGD,), {"__module__": "own"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_scheduler_kwargs": {"num_decay_steps": 500}}, "num_decay_steps must be 0 to 100 .*, got 500"),
+        ({"lr_scheduler_kwargs": {"decay_steps": 5}}, "lr_scheduler_kwargs: .*decay_steps"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 5}}, "lr_scheduler_kwargs: .*cycles"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}},
+            "the learning rate 1.* times its value",
+        ),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(tiny_model, tmp_path, changes, message):
+    trainer = HfLmTrainer(tiny_model, HfLmTrainingArguments(output_dir=str(tmp_path), report_to="none", **changes))
+    trainer.create_optimizer()
+    with pytest.raises(InputError, match=message):
+        trainer.create_scheduler(100)

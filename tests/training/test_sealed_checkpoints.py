@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import set_seed
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from hf_lm import HfLmForCausalLM
 from hf_lm.data.collator import PackedCollator
@@ -253,6 +254,31 @@ def test_a_best_step_without_a_checkpoint_costs_nothing(trainer, tmp_path, limit
     run.train()
     assert run.state.best_global_step % 4
     assert names(tmp_path / "run") == [f"checkpoint-{step}" for step in ((12,) if limit == 1 else (12, 8))]
+
+
+class Reader(TrainerCallback):
+    """Reads each checkpoint as soon as it is saved, as wandb's and Ray's callbacks do; `seen` is what it found."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        assert folder == Path(get_last_checkpoint(args.output_dir)) and not Path(args.output_dir, ASIDE).exists()
+        files = {path.name for path in folder.iterdir()}
+        weights = HfLmForCausalLM.from_pretrained(folder).state_dict()
+        own = kwargs["model"].state_dict()
+        same = all(torch.equal(weights[name], weight) for name, weight in own.items())
+        self.seen.append((state.global_step, damage(folder), {"optimizer.pt", "trainer_state.json"} <= files, same))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_callbacks_find_the_whole_checkpoint_when_it_is_saved(trainer, strategy):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    run, reader = trainer(max_steps=6, save_steps=2, save_strategy=strategy, save_total_limit=1, **evaluated), Reader()
+    run.add_callback(reader)
+    run.train()
+    assert len(reader.seen) >= 2 and {found[1:] for found in reader.seen} == {(None, True, True)}
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ...interop.convert import load_tokenizer, readable
 from ...modeling_hf_lm import HfLmForCausalLM
 from ...tokenization import extend_tokenizer, train_tokenizer
 from ..adapters import add_adapter
-from ..arguments import HfLmTrainingArguments, ModelArguments
+from ..arguments import HfLmTrainingArguments, ModelArguments, keep_best_by_default
 from ..hardware import fit_to_cpu, fit_to_gpu
 from ..metrics import BITS_PER_BYTE, LANGUAGE_MODELING, WholeSet, require_reported
 from ..synonyms import FIELDS, closest
@@ -198,6 +198,7 @@ class Task(ABC):
             evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
         if evaluation is None:
             arguments.eval_strategy = "no"
+        keep_best_by_default(arguments, len(encoded["train"]) if isinstance(encoded["train"], Dataset) else None)
         if arguments.early_stopping_patience is not None and arguments.eval_strategy == "no":
             raise InputError("early_stopping_patience: needs held-out data and an eval_strategy, steps or epoch.")
         return HfLmTrainer(
