@@ -69,15 +69,18 @@ def _bytes_from_offsets(text: str, offsets: list[tuple[int, int]]) -> np.ndarray
     return np.diff(np.concatenate(([0], np.cumsum(widths)))[ends], prepend=0)
 
 
-def _pieces(texts: Iterable[str], cuttable: bool) -> Iterator[tuple[str, str | None]]:
-    """Each text in pieces: `(piece, None)`, and with the last of them the whole, `(piece, text)`."""
+def _pieces(texts: Iterable[str], cuttable: bool) -> Iterator[tuple[str, bool]]:
+    """Each text in pieces, and of each piece whether it is the text's last."""
     for text in texts:
-        *pieces, last = cut(text) if cuttable else [text]
-        yield from ((piece, None) for piece in pieces)
-        yield last, text
+        pieces = cut(text) if cuttable else iter([text])
+        piece = next(pieces)
+        for following in pieces:
+            yield piece, False
+            piece = following
+        yield piece, True
 
 
-def _batches(pieces: Iterable[tuple[str, str | None]]) -> Iterator[list[tuple[str, str | None]]]:
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
     """Pieces in lists of about `BATCH` characters."""
     batch, size = [], 0
     for piece in pieces:
@@ -89,6 +92,33 @@ def _batches(pieces: Iterable[tuple[str, str | None]]) -> Iterator[list[tuple[st
     yield batch
 
 
+def _encode_pieces(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """The arrays of `encode_documents`, a piece of a text at a time, and whether it is the text's last."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens  # the last call may have left another choice
+    table = _bytes_of_each_token(tokenizer)
+    cuttable = table is not None and may_be_cut(tokenizer)
+    encode = backend.encode_batch if table is None else backend.encode_batch_fast  # fast: without places
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for batch in _batches(_pieces(texts, cuttable)):
+        encodings = encode([piece for piece, _ in batch], add_special_tokens=False)
+        for (piece, is_last), encoding in zip(batch, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            sizes = None if table is None else table[ids]
+            if sizes is None or sizes.sum() != len(piece.encode()):  # a normaliser or prefix changed the text
+                if table is not None:
+                    encoding = backend.encode(piece, add_special_tokens=False)
+                sizes = _bytes_from_offsets(piece, encoding.offsets)
+            if is_last:
+                ids = np.append(ids, np.array(eos, dtype=np.int32))
+                sizes = np.append(sizes, np.zeros(len(eos), dtype=np.int64))
+            yield ids, sizes, is_last
+
+
 def encode_documents(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -98,29 +128,12 @@ def encode_documents(
     Yields:
         Two arrays of shape `(tokens,)`: int32 ids and int64 bytes (0 for eos).
     """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens  # the last call may have left another choice
-    table = _bytes_of_each_token(tokenizer)
-    cuttable = table is not None and may_be_cut(tokenizer)
-    encode = backend.encode_batch if table is None else backend.encode_batch_fast  # fast: without places
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    parts: list[np.ndarray] = []
-    for batch in _batches(_pieces(texts, cuttable)):
-        for (_, text), encoding in zip(
-            batch, encode([piece for piece, _ in batch], add_special_tokens=False), strict=True
-        ):
-            parts.append(np.array(encoding.ids, dtype=np.int32))
-            if text is None:
-                continue
-            ids, parts = np.concatenate(parts), []
-            sizes = None if table is None else table[ids]
-            if sizes is None or sizes.sum() != len(text.encode()):  # a normaliser or prefix changed the text
-                if table is not None:
-                    encoding = backend.encode(text, add_special_tokens=False)
-                sizes = _bytes_from_offsets(text, encoding.offsets)
-            yield np.append(ids, np.array(eos, dtype=np.int32)), np.append(sizes, np.zeros(len(eos), dtype=np.int64))
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for ids, sizes, is_last in _encode_pieces(texts, tokenizer):
+        parts.append((ids, sizes))
+        if is_last:
+            yield np.concatenate([ids for ids, _ in parts]), np.concatenate([sizes for _, sizes in parts])
+            parts = []
 
 
 def segments(
@@ -136,12 +149,15 @@ def segments(
     prefix = np.array(prefix, dtype=np.int32)
     # Without a prefix nothing predicts a segment's first token; with one, nothing predicts the prefix.
     unpredicted = max(len(prefix), 1)
-    block, room = 0, block_size
-    for document, (ids, sizes) in enumerate(encode_documents(texts, tokenizer)):
-        start = 0
+    block, room, document = 0, block_size, 0
+    ids, sizes = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
+    for more_ids, more_sizes, is_last in _encode_pieces(texts, tokenizer):
+        ids, sizes, start = np.concatenate((ids, more_ids)), np.concatenate((sizes, more_sizes)), 0
         while start < len(ids):
             if room <= unpredicted:  # no room for a token that is predicted
                 block, room = block + 1, block_size
+            if not is_last and len(ids) < start + room - len(prefix):
+                break  # the next piece fills the segment
             end = min(len(ids), start + room - len(prefix))
             segment = np.concatenate((prefix, ids[start:end]))
             labels = segment.copy()
@@ -156,6 +172,7 @@ def segments(
             }
             room -= len(segment)
             start = end
+        ids, sizes, document = ids[start:], sizes[start:], document + is_last
 
 
 def _blocks(documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:

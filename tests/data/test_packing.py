@@ -136,7 +136,7 @@ def test_second_run_reads_the_cache_and_a_changed_input_does_not(with_prefix, mo
     def fail(*arguments):
         raise AssertionError("packed again")
 
-    monkeypatch.setattr("hf_lm.data.packing.encode_documents", fail)
+    monkeypatch.setattr("hf_lm.data.packing._encode_pieces", fail)
     again = pack_documents(documents, with_prefix, 8)
     assert [row["input_ids"].tolist() for row in again] == [row["input_ids"].tolist() for row in first]
     monkeypatch.undo()

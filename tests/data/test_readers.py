@@ -4,7 +4,10 @@ import csv
 import gzip
 import json
 import os
+import re
+import threading
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -298,3 +301,51 @@ def test_rows_for_another_task_name_it(tmp_path, task, row, hint):
     pairs = {"language_pairs": ["en-fr"]} if task == "translation" else {}
     with pytest.raises(InputError, match=hint):
         load(task, train_file=path, **pairs)
+
+
+class PeakMemory:
+    """The most anonymous memory that this process holds, above what it held before."""
+
+    @staticmethod
+    def now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
+
+    def __enter__(self):
+        self.before = self.peak = self.now()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.over.wait(0.005):
+            self.peak = max(self.peak, self.now())
+
+    def __exit__(self, *error) -> None:
+        self.over.set()
+        self.thread.join()
+        self.bytes = self.peak - self.before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_the_memory_for_one_huge_line_is_a_small_multiple_of_it(tmp_path, name):
+    size, tokenizer = 20_000_000, train_tokenizer(["the whale and the sea 0123456789"], 300)
+    text = "".join(f"the whale and the sea {number} " for number in range(size // 29))
+    with PeakMemory():  # what is loaded at the first use
+        texts(write(tmp_path / "small.csv", [{"text": text[:100]}]))
+    if name == "a.txt":
+        (tmp_path / name).write_text(text)
+    else:
+        write(tmp_path / name, [{"text": text}])
+    size = len(text)
+    del text
+    data = DataArguments(train_file=str(tmp_path / name), validation_split_percentage=10)
+    with PeakMemory() as reading:
+        documents = load_documents(data)["train"]
+    assert reading.bytes < (10 if name == "a.csv" else 6) * size  # measured: 6.7 for CSV, 3.7 for JSON, 3.1 for text
+    if name == "a.txt":
+        with PeakMemory() as packing:
+            pack_documents(documents, tokenizer, 256)
+        assert packing.bytes < 6 * size  # measured: 2.6
