@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextClassificat
 from ..errors import InputError
 from ..evaluation.conversation import context_limit, fit_conversation
 from ..evaluation.sentences import score_sentences
-from ..evaluation.text import context_prefix
+from ..evaluation.text import encode_prompt
 from ..evaluation.translation import pairs_of, translate
 
 FULL_COLOUR = 16  # bits: a token as surprising as this has the strongest colour
@@ -103,7 +103,7 @@ def build_demo(name: str, model: nn.Module, tokenizer) -> gr.Blocks:
         return {row["label"]: row["score"] for row in classifier([text], truncation=True, max_length=limit)[0]}
 
     def continued(prompt: str, max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
-        ids = tokenizer(prompt)["input_ids"] or context_prefix(tokenizer)
+        ids = encode_prompt(tokenizer, prompt)
         if not 0 < len(ids) < limit:
             raise InputError(f"The prompt has {len(ids)} tokens; the model takes 1 to {limit - 1}.")
         for text in stream(model, tokenizer, ids, min(max_new_tokens, limit - len(ids)), temperature, top_p):

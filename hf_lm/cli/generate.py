@@ -37,11 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from ..evaluation.text import context_prefix
+    from ..evaluation.text import encode_prompt
     from ..inference import optimize_where_it_pays
 
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
-    ids = tokenizer(arguments.prompt)["input_ids"] or context_prefix(tokenizer)
+    ids = encode_prompt(tokenizer, arguments.prompt)
     if not ids:
         raise InputError("--prompt: must not be empty, because the tokenizer has no token that starts a text.")
     limit = getattr(model.config, "max_position_embeddings", None)

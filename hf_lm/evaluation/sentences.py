@@ -57,7 +57,7 @@ def score_sentences(model: nn.Module, tokenizer, sentences: list[str], batch_siz
     limit = getattr(model.config, "max_position_embeddings", None)
     encoded = []
     for sentence in sentences:
-        ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(sentence, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise InputError(f"sentence {sentence!r} has no tokens.")
         if limit is not None and len(prefix) + len(ids) > limit:

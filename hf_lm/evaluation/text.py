@@ -48,6 +48,15 @@ def context_prefix(tokenizer) -> list[int]:
     return [] if first is None else [first]
 
 
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """
+    The tokens of a text that is to be continued: what the tokenizer puts before a text, and the text. What it puts
+    behind one (eos) would end it. Of an empty text: what starts one.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*segment_prefix(tokenizer), *ids] or context_prefix(tokenizer)
+
+
 def score_windows(
     model: nn.Module, windows: Iterable[dict], batch_size: int = 8, measure: Callable = token_log_probabilities
 ) -> Iterator[np.ndarray]:

@@ -26,6 +26,7 @@ from transformers.cli.serving.utils import build_response_parser, get_response_t
 
 from ..errors import one_line
 from ..evaluation.conversation import context_limit
+from ..evaluation.text import encode_prompt
 from .answers import Answer, AnswerError, Chat, Completion
 from .engine import Engine, Piece, Row, Text
 from .protocol import BadRequest, ChatRequest, CompletionRequest, parse
@@ -102,7 +103,7 @@ class _Server:
     def encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             self.check_length("prompt", len(prompt))
-            return self.tokenizer(prompt)["input_ids"]
+            return encode_prompt(self.tokenizer, prompt)
         if max(prompt) >= self.vocab_size:
             raise BadRequest("prompt", f"token ids go from 0 to {self.vocab_size - 1}.")
         return prompt

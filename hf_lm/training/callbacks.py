@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ..evaluation.text import encode_prompt
+
 
 class HfLmProgressCallback(ProgressCallback):
     """One progress bar with loss, bits per byte and tokens per second; no lines of dictionaries."""
@@ -61,7 +63,8 @@ def continue_prompts(trainer, count: int = 1) -> list[dict]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         for prompt in args.sample_prompts:
-            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             for output in model.generate(**inputs, max_new_tokens=args.sample_tokens, **options):
                 samples.append({"prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True)})
     model.train(was_training)

@@ -123,8 +123,10 @@ def test_the_pipeline_gives_the_labels_that_were_scored(task_recipe, tmp_path, r
     classify = pipeline("text-classification", model=str(tmp_path / "run"))
     assert type(classify.model) is HfLmForSequenceClassification
     test = rows[rows["split"] == "test"]
-    found = [row["label"] for row in classify(test["text"].tolist(), batch_size=8, truncation=True, max_length=96)]
+    found = [row["label"] for row in classify(test["text"].tolist(), batch_size=8, truncation=True)]
     assert (test["label"].to_numpy() == found).mean() == metrics["accuracy"]
+    (long,) = classify("whale " * 500, truncation=True)
+    assert classify.tokenizer.model_max_length == 96 and long["label"] == "English"
     assert classify.model.config.label2id == {"Chinese": 0, "English": 1}
 
 
@@ -345,7 +347,7 @@ def test_an_adapter_and_its_head_are_saved_and_merged(task_recipe, base, tmp_pat
         assert capsys.readouterr().out.splitlines()[-1] in ("Chinese", "English")
         classify = pipeline("text-classification", model=str(tmp_path / "merged"))
         test = rows[rows["split"] == "test"]
-        found = [row["label"] for row in classify(test["text"].tolist(), batch_size=8, truncation=True, max_length=96)]
+        found = [row["label"] for row in classify(test["text"].tolist(), batch_size=8, truncation=True)]
         assert (test["label"].to_numpy() == found).mean() == metrics["accuracy"]
     else:
         again = task_recipe(task=task, **keys | {"model_name_or_path": str(tmp_path / "merged"), "use_peft": False})

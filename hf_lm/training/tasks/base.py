@@ -185,6 +185,8 @@ class Task(ABC):
             size = self.data_arguments.shuffle_buffer_size
             encoded["train"] = encoded["train"].shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=size)
         model = self.build_model(tokenizer)
+        if (limit := getattr(model.config, "max_position_embeddings", None)) is not None:  # where pipelines truncate
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         if arguments.device.type == "cpu":
             self.fit_to_cpu(model)
         else:

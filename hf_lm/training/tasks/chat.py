@@ -120,7 +120,7 @@ def mark_assistant(tokenizer, messages: list[dict]) -> tuple[list[int], list[boo
     marks = bytearray(len(text))
     for start, end in spans:
         marks[start:end] = b"\1" * (end - start)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return encoded["input_ids"], [any(marks[start:end]) for start, end in encoded["offset_mapping"]]
 
 

@@ -161,7 +161,7 @@ class Classification(Task):
     def example(self, text: str, word: str, tokenizer) -> tuple[Example, int]:
         """Template, text and word, the word learned, and how many tokens at the text's end had to go."""
         whole, start, word_start = self.fill(text, word)
-        encoding = tokenizer(whole, return_offsets_mapping=True)
+        encoding = tokenizer(whole, return_offsets_mapping=True, verbose=False)
         ids, offsets, size = encoding["input_ids"], encoding["offset_mapping"], self.data_arguments.block_size
         excess = max(len(ids) - size, 0)
         if excess:
