@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import hf_lm  # noqa: F401  registers the architecture
+from hf_lm.training.hardware import device_type, has_fast_bfloat16
 from hf_lm.training.tasks.chat import use_chat_template
 
 DATA = Path(__file__).parent / "data" / "train.jsonl"
@@ -54,7 +55,10 @@ def likeness(completions: list, answer: list[str], **kwargs) -> list[float]:
 
 def main(kind: str, model_path: str, output_dir: str, *words: str) -> None:
     configs = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}
-    (arguments,) = HfArgumentParser(configs[kind]).parse_args_into_dataclasses(["--output_dir", output_dir, *words])
+    device = device_type()  # TRL asks for bfloat16 on every machine, and for a GPU
+    machine = ["--use_cpu", str(device == "cpu"), "--bf16", str(has_fast_bfloat16(device))]
+    machine += ["--output_dir", output_dir]
+    (arguments,) = HfArgumentParser(configs[kind]).parse_args_into_dataclasses([*machine, *words])
     rows = load_dataset("json", data_files=str(DATA), split="train")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path)

@@ -301,7 +301,7 @@ def test_trl_takes_the_same_conversations(chat, tmp_path, repository, kind):
     train(*chat(max_steps=2, eval_strategy="no", save_strategy="no", block_size=256, config_overrides={
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 1024}))  # fmt: skip
     command = [sys.executable, str(repository / "recipes/chat/with_trl.py"), kind, str(tmp_path / "run"), str(tmp_path / "out")]  # fmt: skip
-    words = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--bf16", "False"]  # fmt: skip
+    words = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", "--save_strategy", "no"]  # fmt: skip
     if kind == "grpo":
         words += ["--num_generations", "2", "--max_completion_length", "8"]
     done = subprocess.run([*command, *words], capture_output=True, text=True)
