@@ -89,7 +89,9 @@ def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
         return None  # the library would build an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-        return _only_tokens_in_file(tokenizer) if kwargs else tokenizer
+        if kwargs:
+            return _only_tokens_in_file(tokenizer)
+        return tokenizer if _splits_as_in_file(tokenizer, source) else PreTrainedTokenizerFast.from_pretrained(source)
     except Exception as error:  # whatever a broken file makes the tokenizer's code do
         if not os.path.isdir(source) and isinstance(error, OSError):
             return None
@@ -149,6 +151,16 @@ def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
     definition["added_tokens"] = [item for item in definition["added_tokens"] if item["id"] < size]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(definition))
     return tokenizer
+
+
+def _splits_as_in_file(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+    """Whether the tokenizer does what its tokenizer.json says; some classes of transformers put their own rules first."""
+    path = Path(source) / "tokenizer.json"
+    if not path.is_file() or not tokenizer.is_fast:
+        return True
+    file, loaded = Tokenizer.from_file(str(path)), tokenizer.backend_tokenizer
+    written, read = (json.loads(one.to_str()) for one in (file, loaded))
+    return all(written[part] == read[part] for part in ("normalizer", "pre_tokenizer"))
 
 
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str) -> None:

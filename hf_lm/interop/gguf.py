@@ -82,8 +82,16 @@ def pre_tokenizer_name(definition: dict[str, Any]) -> str:
     )
 
 
-def add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Vocabulary, merges, special tokens and chat template; rows of the embedding without a token are marked unused."""
+def add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: list[int]) -> None:
+    """
+    Vocabulary, merges, special tokens and chat templates; rows of the embedding without a token are marked unused.
+
+    Args:
+        ends: the tokens at which generation ends.
+
+    Raises:
+        InputError: a file cannot name all of them.
+    """
     from gguf import TokenType
 
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -105,6 +113,10 @@ def add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     ids["unk"] = ids["eos"] if ids["unk"] is None else ids["unk"]  # without one, readers invent a token for it
+    more = [index for index in ends if index != ids["eos"]]
+    if len(more) > 2:
+        raise InputError(f"eos_token_id: a GGUF file names up to three tokens that end a text, got {ends}.")
+    ids |= zip(("eot", "eom"), more, strict=False)  # of a turn, of a message
     for name, index in ids.items():
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
@@ -200,7 +212,9 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
     with staged(destination, files) as staging:
         writer = GGUFWriter(staging / FILE_NAME, architecture)
         add_sizes(writer, model.config, LlamaFileType[TYPES[dtype][1]], destination.name.removesuffix(".gguf"))
-        add_tokenizer(writer, tokenizer, model.config.vocab_size)
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+        add_tokenizer(writer, tokenizer, model.config.vocab_size, ends)
         add_tensors(writer, to_native(model, architecture), architecture, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

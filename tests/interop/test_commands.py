@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_families import tiny_model
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmModel
@@ -36,6 +37,22 @@ def test_import_takes_tokenizer_template_and_generation_settings_along(checkpoin
     assert GenerationConfig.from_pretrained(destination).temperature == 0.5
     assert type(AutoModelForCausalLM.from_pretrained(destination)) is HfLmForCausalLM
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "TokenizersBackend"])
+def test_tokens_are_those_of_the_tokenizer_file_whatever_its_class_says(name, checkpoint, tmp_path):
+    source = checkpoint()
+    config = read_json(source / "tokenizer_config.json") | {"tokenizer_class": name}
+    del config["backend"]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    backend = Tokenizer.from_file(str(source / "tokenizer.json"))
+    backend.normalizer = normalizers.Lowercase()
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    backend.save(str(source / "tokenizer.json"))
+    assert main(["import", str(source), str(tmp_path / "ours")]) == 0
+    text = "Call me 1851, ISHMAEL."
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")(text)["input_ids"] == backend.encode(text).ids
 
 
 def test_export_gives_a_checkpoint_of_the_library(checkpoint, tmp_path, capsys):

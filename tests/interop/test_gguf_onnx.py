@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmForSequenceClassification
 from hf_lm.cli import main
@@ -66,8 +66,9 @@ def test_gguf_is_one_file_where_the_name_says_so(checkpoint, tmp_path, capsys):
     assert HfLmConfig.from_pretrained(tmp_path, gguf_file="v1.5.gguf").head_dim == 16
 
 
-def test_gguf_holds_all_chat_templates(checkpoint, tokenizer, tmp_path):
+def test_gguf_holds_all_chat_templates_and_all_ends(checkpoint, tokenizer, tmp_path, capsys):
     source = checkpoint()
+    GenerationConfig(bos_token_id=0, eos_token_id=[40, 1]).save_pretrained(source)
     several = copy.copy(tokenizer)
     several.chat_template = {"default": tokenizer.chat_template, "tool_use": "tools {{ messages }}"}
     several.save_pretrained(source)
@@ -76,6 +77,10 @@ def test_gguf_holds_all_chat_templates(checkpoint, tokenizer, tmp_path):
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
     assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
     assert fields["tokenizer.chat_template.tool_use"].contents() == "tools {{ messages }}"
+    assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")] == [1, 40]
+    GenerationConfig(eos_token_id=[40, 41, 42, 1]).save_pretrained(source)
+    assert main(["export", str(source), str(tmp_path / "more.gguf")]) == 2
+    assert "up to three tokens that end a text, got [40, 41, 42, 1]" in capsys.readouterr().err
 
 
 def test_gguf_file_becomes_an_hf_lm_model(checkpoint, tokenizer, tmp_path):
