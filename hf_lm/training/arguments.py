@@ -54,6 +54,8 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
         device = "cpu" if self.use_cpu else device_type()
         if self.on_divergence not in ("stop", "skip", "rollback"):
             raise InputError(f"on_divergence: must be stop, skip or rollback, got {self.on_divergence!r}.")
+        if self.max_steps == 0:
+            raise InputError("max_steps: must be at least 1, or -1 to train num_train_epochs; got 0.")
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise InputError(f"spike_factor: must be more than 1, got {self.spike_factor}.")
         if not 0 <= self.muon_momentum < 1:

@@ -81,7 +81,7 @@ def test_numbers_and_truth_values_are_those_of_the_keys_type(parsed):
         use_peft: on
         lr_scheduler_type: cosine_with_min_lr
         lr_scheduler_kwargs: {min_lr: 1e-5}
-        accelerator_config: {split_batches: no, even_batches: yes}
+        gradient_checkpointing_kwargs: {use_reentrant: no, early_stop: yes}
         config_overrides: {norm_eps: 1e-5, hidden_size: 032, tie_word_embeddings: off, hidden_act: relu2, x: "1"}
         optim: adafactor
         optim_args: {scale_parameter: false, x: 1}
@@ -90,8 +90,7 @@ def test_numbers_and_truth_values_are_those_of_the_keys_type(parsed):
     names = ("weight_decay", "seed", "max_steps", "streaming", "packing", "use_peft", "eval_strategy", "optim_args")
     assert [values[name] for name in names] == [0.01, 10, 1000, False, False, True, "no", "scale_parameter=False,x=1"]
     assert values["lr_scheduler_kwargs"] == {"min_lr": 1e-5}
-    config = values["accelerator_config"]
-    assert (config.split_batches, config.even_batches) == (False, True)
+    assert values["gradient_checkpointing_kwargs"] == {"use_reentrant": False, "early_stop": True}
     assert values["config_overrides"] == {
         "norm_eps": 1e-5, "hidden_size": 32, "tie_word_embeddings": False, "hidden_act": "relu2", "x": "1"
     }  # fmt: skip
@@ -149,6 +148,7 @@ def test_defaults_are_those_that_were_measured_and_the_recipe_wins(parsed):
         ({}, ["--n_layers", "1"], "config_overrides: {num_hidden_layers: "),
         ({"zzz": 1}, [], r"recipe.yaml: unknown key 'zzz'\.$"),
         ({"max_steps": "many"}, [], "max_steps.*many"),
+        ({"max_steps": 0}, [], "max_steps: must be at least 1, or -1"),
         ({"max_steps": 1.5}, [], "max_steps.*whole number.*1.5"),
         ({"max_steps": [1, 2]}, [], "max_steps.*list"),
         ({"max_steps": {"a": 1}}, [], "max_steps.*got the dict"),
