@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
+    from ..evaluation.text import without_ending
+
     class OneBos(HFLM):
         """lm-eval puts bos in front of a text to be scored whole, also where the tokenizer has done so already."""
 
@@ -42,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         raise InputError(f"--tasks: there is no task {', '.join(unknown)}; `lm-eval ls tasks` lists those there are.")
     results = simple_evaluate(
-        model=OneBos(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=arguments.batch_size),
+        model=OneBos(
+            pretrained=model, tokenizer=without_ending(tokenizer), backend="causal", batch_size=arguments.batch_size
+        ),
         tasks=arguments.tasks,
         task_manager=manager,
         num_fewshot=arguments.num_fewshot,

@@ -1,5 +1,6 @@
 """Held-out text: loss, perplexity and bits per byte, each token scored exactly once."""
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,7 @@ from operator import itemgetter
 
 import numpy as np
 import torch
+from tokenizers import processors
 from torch import nn
 
 from ..data.packing import IGNORED, encode_documents, evaluation_windows, segment_prefix, segments
@@ -55,6 +57,18 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [*segment_prefix(tokenizer), *ids] or context_prefix(tokenizer)
+
+
+def without_ending(tokenizer):
+    """The tokenizer; where it ends texts (by eos), a copy that does not, for programs that continue what it encodes."""
+    prefix = segment_prefix(tokenizer)
+    if tokenizer("a")["input_ids"] == [*prefix, *tokenizer("a", add_special_tokens=False)["input_ids"]]:
+        return tokenizer
+    tokenizer, tokens = copy.deepcopy(tokenizer), tokenizer.convert_ids_to_tokens(prefix)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*tokens, "$A"], special_tokens=list(zip(tokens, prefix, strict=True))
+    )
+    return tokenizer
 
 
 def score_windows(

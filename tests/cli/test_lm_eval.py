@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from tokenizers import processors
 
 from hf_lm.cli import main
 from hf_lm.evaluation.probe import minimal_pairs, sentences
+from hf_lm.evaluation.text import encode_prompt
 
 pytestmark = pytest.mark.slow
 
@@ -95,11 +97,16 @@ def test_smollm2_scores_the_same_as_hf_lm_and_as_llama(tasks, tmp_path, capsys):
     assert 0 < ours["local_generation"]["exact_match,start"] < 1
 
 
-def test_a_text_that_is_scored_whole_starts_with_one_bos(tasks, tmp_path, capsys):
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_text_that_is_scored_whole_starts_with_one_bos(tasks, tmp_path, capsys, ends):
     from hf_lm import HfLmConfig, HfLmForCausalLM
     from hf_lm.tokenization import train_tokenizer
 
     tokenizer = train_tokenizer(["text"], kind="byte")
+    if ends:
+        special = [("<|bos|>", 0), ("<|eos|>", 1)]
+        around = processors.TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
+        tokenizer.backend_tokenizer.post_processor = around
     torch.manual_seed(0)
     config = HfLmConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, zero_init_residual=False)
     model = HfLmForCausalLM(config).eval()
@@ -108,7 +115,7 @@ def test_a_text_that_is_scored_whole_starts_with_one_bos(tasks, tmp_path, capsys
     words = ["--tasks", "local_rolling", "--include-path", str(tasks), "--json"]
     assert main(["lm-eval", str(tmp_path), *words]) == 0
     score = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["local_rolling"]["bits_per_byte,none"]
-    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    ids = torch.tensor([encode_prompt(tokenizer, TEXT)])
     nats = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert math.isclose(score, nats / math.log(2) / len(TEXT), rel_tol=1e-5)
 

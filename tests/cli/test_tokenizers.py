@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
-from hf_lm.evaluation.text import encode_prompt, score_documents
+from hf_lm.evaluation.text import encode_prompt, score_documents, without_ending
 from hf_lm.hub.doctor import examine
 from hf_lm.tokenization import train_tokenizer
 
@@ -39,6 +39,15 @@ def folders(tmp_path_factory, moby_dick):
         model.save_pretrained(paths[around])
         tokenizer.save_pretrained(paths[around])
     return paths
+
+
+@pytest.mark.parametrize("around", [f"{BOS} $A", f"{BOS} $A {EOS}", f"$A {EOS}"])
+def test_lm_eval_gets_a_tokenizer_that_leaves_texts_open(folders, around):
+    tokenizer = AutoTokenizer.from_pretrained(folders[around])
+    opened = without_ending(tokenizer)
+    assert (opened is tokenizer) == (EOS not in around)
+    assert opened("Call me")["input_ids"] == encode_prompt(tokenizer, "Call me")
+    assert tokenizer("Call me")["input_ids"][-1:] == [1] or opened is tokenizer
 
 
 def test_a_prompt_stays_open_and_a_text_is_scored_once(folders, moby_dick, capsys):
