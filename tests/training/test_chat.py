@@ -13,7 +13,9 @@ import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_lm.cli import main
 from hf_lm.data.packing import IGNORED
@@ -23,7 +25,7 @@ from hf_lm.training.adapters import merge_adapter
 from hf_lm.training.arguments import parse_recipe
 from hf_lm.training.run import train
 from hf_lm.training.tasks import task_class
-from hf_lm.training.tasks.chat import mark_assistant
+from hf_lm.training.tasks.chat import mark_assistant, use_chat_template
 
 PAIRS = [("Who are you?", "Call me Ishmael."), ("What is the sea?", "A hill of water."), ("And the whale?", "White.")]
 
@@ -172,9 +174,11 @@ def test_one_conversation_cannot_be_split(chat, tmp_path):
 def test_what_is_learned_are_the_turns_that_the_template_marks(tmp_path, kind):
     tokenizer = train_tokenizer(["Call me Ishmael"], 300, kind=kind)
     tokenizer.chat_template = (
-        "{% for turn in messages %}{% if turn.role == 'assistant' %}{% generation %}{{ turn.content }}"
+        "{% for turn in messages %}{% if turn.role == 'assistant' %}{%- generation -%}{{ turn.content }}"
         "{% endgeneration %}{% else %}|{{ turn.content }}|{% endif %}{% endfor %}"
     )
+    use_chat_template(tokenizer)
+    assert "|{{ turn.content }}|" in tokenizer.chat_template  # its own is kept, because it marks what is learned
     for contents in (
         ["A", "user"],
         ["鲸鱼", "user"],
@@ -189,6 +193,20 @@ def test_what_is_learned_are_the_turns_that_the_template_marks(tmp_path, kind):
         assert tokenizer.decode(said) == "".join(contents[::2])
         rest = [number for number, is_learned in zip(input_ids, learned, strict=True) if not is_learned]
         assert tokenizer.decode(rest) == "".join(f"|{text}|" for text in contents[1::2])
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(chat, tmp_path, recipe):
+    letters = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(ByteLevel.alphabet())}, merges=[]))
+    letters.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(tmp_path / "letters")
+    with pytest.raises(InputError, match="tokenizer_name: the tokenizer has no eos token to end an answer with"):
+        trainer_of(chat(tokenizer_name=str(tmp_path / "letters")))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "ab"[n % 2], "label": "ab"[n % 2]} for n in range(8)])
+    path = recipe(
+        task="sequence-classification", train_file=rows, tokenizer_name=str(tmp_path / "letters"), baseline=False
+    )
+    with pytest.raises(InputError, match="tokenizer_name: the tokenizer has neither a pad nor an eos token"):
+        task_class("sequence-classification")(*parse_recipe(path, [])).build_trainer(None)
 
 
 def test_a_template_without_the_mark_is_refused(chat, tmp_path):

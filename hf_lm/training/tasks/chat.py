@@ -1,5 +1,6 @@
 """Fine-tuning on conversations: the assistant's words are learned, and that it stops after them."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +26,12 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"
 )
-MARK = "{% generation %}"
+MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def use_chat_template(tokenizer) -> None:
     """Give the tokenizer our template, with the token that starts a turn, unless its own marks what is learned."""
-    if MARK not in (tokenizer.chat_template or ""):
+    if not MARK.search(str(tokenizer.chat_template)):
         tokenizer.chat_template = CHAT_TEMPLATE
         if TURN not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
@@ -146,10 +147,12 @@ class Chat(Task):
             if not Path(path).is_file():
                 raise InputError(f"chat_template: {path} does not exist.")
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-            if MARK not in tokenizer.chat_template:
-                raise InputError(f"chat_template: {path} has no {MARK} around the assistant's words.")
+            if not MARK.search(tokenizer.chat_template):
+                raise InputError(f"chat_template: {path} has no {{% generation %}} around the assistant's words.")
         else:
             use_chat_template(tokenizer)
+            if tokenizer.eos_token is None and tokenizer.chat_template == CHAT_TEMPLATE:
+                raise InputError("tokenizer_name: the tokenizer has no eos token to end an answer with.")
         return tokenizer
 
     def encode(self, rows, tokenizer, split: str) -> Dataset:

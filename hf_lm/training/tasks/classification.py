@@ -145,6 +145,10 @@ class Classification(Task):
     def build_tokenizer(self, rows):
         tokenizer = super().build_tokenizer(rows)
         if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise InputError(
+                    "tokenizer_name: the tokenizer has neither a pad nor an eos token to fill batches with."
+                )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
