@@ -101,12 +101,17 @@ def first_answers(
         ids = prompt_ids(tokenizer, turns[:answer]) if answer else []
         if ids and len(ids) + room <= (limit or math.inf):
             prompts.append((turns[:answer], ids))
+    pad = next((index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id) if index is not None), 0)
     answers = []
     was_training = model.training
     model.eval()
     for start in range(0, len(prompts), batch_size):
         batch = [ids for _, ids in prompts[start : start + batch_size]]
-        inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
+        gaps = [max(map(len, batch)) - len(ids) for ids in batch]
+        rows = [[pad] * gap + ids for gap, ids in zip(gaps, batch, strict=True)]
+        masks = [[0] * gap + [1] * (len(ids) - gap) for gap, ids in zip(gaps, rows, strict=True)]
+        inputs = {"input_ids": rows, "attention_mask": masks}
+        inputs = {name: torch.tensor(values, device=model.device) for name, values in inputs.items()}
         output = model.generate(**inputs, max_new_tokens=room, do_sample=False, temperature=None, top_p=None, top_k=None)  # fmt: skip
         new = output[:, inputs["input_ids"].shape[1] :]
         for (prompt, _), ids in zip(prompts[start:], new, strict=False):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
+from hf_lm.evaluation.conversation import first_answers
 from hf_lm.evaluation.text import encode_prompt, score_documents, without_ending
 from hf_lm.hub.doctor import examine
 from hf_lm.tokenization import train_tokenizer
@@ -67,6 +68,17 @@ def test_a_prompt_stays_open_and_a_text_is_scored_once(folders, moby_dick, capsy
     assert ids == plain[0][1:]
     tokenizer = AutoTokenizer.from_pretrained(folders[f"$A {EOS}"])
     assert encode_prompt(tokenizer, "") == [0]
+
+
+def test_answers_need_no_pad_token(folders):
+    """Llama 2 and its like have none: training on conversations ended in an error after the last step."""
+    tokenizer = AutoTokenizer.from_pretrained(folders[f"{BOS} $A"])
+    model = HfLmForCausalLM.from_pretrained(folders[f"{BOS} $A"])
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": "."}] for text in ("Call", "Call me")]
+    rows = [{"messages": turns} for turns in rows]
+    expected = first_answers(model, tokenizer, rows, 8)
+    tokenizer.pad_token = None
+    assert first_answers(model, tokenizer, rows, 8) == expected == first_answers(model, tokenizer, rows, 8, 1)
 
 
 @pytest.mark.parametrize("where", ["files", "tokenizer_config.json"])
