@@ -11,7 +11,7 @@ VERDICTS: dict[str, str | None] = dict.fromkeys((
     "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "gradient_accumulation_steps", "average_tokens_across_devices", "max_grad_norm",
-    "label_smoothing_factor", "bf16", "fp16", "tf32", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "label_smoothing_factor", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "activation_checkpointing", "activation_checkpointing_kwargs",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "neftune_noise_alpha", "torch_empty_cache_steps", "logging_strategy", "logging_steps",
     "logging_first_step", "log_on_each_node", "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level",
@@ -27,8 +27,6 @@ VERDICTS: dict[str, str | None] = dict.fromkeys((
     "fsdp_config", "deepspeed", "do_train", "do_eval", "resume_from_checkpoint", "local_rank",
 )) | {
     "optim_target_modules": "it is for GaLore and Apollo; Muon trains the layers' matrices here",
-    "bf16_full_eval": "the finished model would be saved in 16 bits; `bf16` evaluates in autocast",
-    "fp16_full_eval": "the finished model would be saved in 16 bits; `fp16` evaluates in autocast",
     "use_liger_kernel": "its kernels are for other models' classes",
     "liger_kernel_config": "its kernels are for other models' classes",
     "use_cache": "training has no use for a cache; the finished model's is on",

@@ -105,7 +105,7 @@ KEEP = {
 # Tried elsewhere: test_processes.py, test_sharded.py, test_push.py, test_run.py, test_gpu.py, test_loss.py; or handed to
 # a tracker, a launcher or the GPU as they are.
 ELSEWHERE = {
-    "label_smoothing_factor", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "project",
+    "label_smoothing_factor", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "project",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub", "hub_token", "hub_private_repo",
     "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "ddp_find_unused_parameters",
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp",
