@@ -1,5 +1,6 @@
 """Conversations: only the assistant's words are learned, answers end, adapters are merged and handed on."""
 
+import copy
 import io
 import json
 import runpy
@@ -171,7 +172,7 @@ def test_one_conversation_cannot_be_split(chat, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte"])
-def test_what_is_learned_are_the_turns_that_the_template_marks(tmp_path, kind):
+def test_what_is_learned_are_the_turns_that_the_template_marks(kind, caplog):
     tokenizer = train_tokenizer(["Call me Ishmael"], 300, kind=kind)
     tokenizer.chat_template = (
         "{% for turn in messages %}{% if turn.role == 'assistant' %}{%- generation -%}{{ turn.content }}"
@@ -179,6 +180,10 @@ def test_what_is_learned_are_the_turns_that_the_template_marks(tmp_path, kind):
     )
     use_chat_template(tokenizer)
     assert "|{{ turn.content }}|" in tokenizer.chat_template  # its own is kept, because it marks what is learned
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages }}"
+    use_chat_template(other)
+    assert other.chat_template != "{{ messages }}" and "ours is used instead" in caplog.text
     for contents in (
         ["A", "user"],
         ["鲸鱼", "user"],

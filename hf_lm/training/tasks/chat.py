@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset, Features, Json
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...data.documents import cells_as_text, load_rows, task_hint
@@ -13,6 +14,7 @@ from ...errors import InputError
 from ...evaluation.conversation import first_answers
 from .base import Task
 
+logger = logging.get_logger(__name__)
 TURN = "<|im_start|>"
 # ChatML, each turn ended by the tokenizer's own eos: what generation already stops at.
 CHAT_TEMPLATE = (
@@ -32,6 +34,11 @@ MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 def use_chat_template(tokenizer) -> None:
     """Give the tokenizer our template, with the token that starts a turn, unless its own marks what is learned."""
     if not MARK.search(str(tokenizer.chat_template)):
+        if tokenizer.chat_template:
+            logger.warning(
+                "chat_template: the checkpoint's own does not mark the assistant's words with {% generation %}; "
+                "ours is used instead, and saved with the model."
+            )
         tokenizer.chat_template = CHAT_TEMPLATE
         if TURN not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
