@@ -229,6 +229,10 @@ def test_output_folder_is_protected(recipe, tmp_path):
         ({"config_overrides": {"hidden_size": 0}}, "hidden_size.*0"),
         ({"config_overrides": {"hiden_size": 4}}, "hiden_size"),
         ({"vocab_size": 100}, "vocab.*100"),
+        (
+            {"streaming": True, "train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy.*a stream has none",
+        ),
         ({"block_size": 100_000}, "100000|100,000"),
         ({"model_name_or_path": "./nowhere"}, "model_name_or_path: ./nowhere: no such folder"),
         ({"tokenizer_name": "tests/nowhere"}, "tokenizer_name: tests/nowhere: no such folder"),  # tests is a folder

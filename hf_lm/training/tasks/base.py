@@ -171,6 +171,10 @@ class Task(ABC):
     def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
         """Tokenizer, data and model in a trainer that is ready to run, or to go on from a checkpoint."""
         arguments = self.training_arguments
+        if self.data_arguments.streaming and arguments.train_sampling_strategy == "group_by_length":
+            raise InputError(
+                "train_sampling_strategy: group_by_length needs the lengths of all rows; a stream has none."
+            )
         if arguments.eval_strategy != "no":
             require_reported(arguments.metric_for_best_model, self.reported)
         with arguments.main_process_first(desc="data"):  # the others read its cache
