@@ -44,7 +44,7 @@ def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None 
     Raises:
         ValueError: naming the id and the limit.
     """
-    if ids.device.type != "cpu" or has_no_values(ids):
+    if has_no_values(ids) or ids.device.type != "cpu":
         return
     low, high = (int(value) for value in torch.aminmax(ids))
     if low == ignore_index and high < size:  # the usual case of masked labels: look at the others
@@ -78,7 +78,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if is_on else None
 
 
-def attention_masks(
+def make_causal_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | dict | None,
@@ -87,7 +87,8 @@ def attention_masks(
     cu_seq_lens: torch.Tensor | None = None,
 ) -> tuple[dict, dict]:
     """
-    `{layer type: mask}` and further arguments for the attention functions.
+    `{layer type: mask}` and further arguments for the attention functions. (llm-compressor does not trace into a
+    function of this name.)
 
     The library looks for packed documents only without mask and cache; here they are found whatever is passed, as long
     as nothing is cached yet. Where the attention goes by lengths, and the caller passes them, no mask is made.
@@ -480,7 +481,7 @@ if HAS_VARLEN:
 
 __all__ = [
     "apply_rotary_pos_emb",
-    "attention_masks",
+    "make_causal_mask",
     "check_ids",
     "cosines_and_sines",
     "default_position_ids",

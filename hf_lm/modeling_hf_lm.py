@@ -36,11 +36,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_hf_lm import AUTO_MAP, HfLmConfig
 from .functional_hf_lm import (
     apply_rotary_pos_emb,
-    attention_masks,
     check_ids,
     cosines_and_sines,
     default_position_ids,
     eager_attention_forward,
+    make_causal_mask,
     rms_norm,
     squared_relu,
 )
@@ -420,9 +420,11 @@ class HfLmModel(HfLmPreTrainedModel):
             self.config.fit_to_layers(self.layers)
             past_key_values = DynamicCache(config=self.config)
 
-        masks, attention_kwargs = attention_masks(
+        masks, attention_kwargs = make_causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, kwargs.get("cu_seq_lens_q")
         )
+        if attention_kwargs:
+            kwargs.update({**attention_kwargs, **kwargs})
         if position_ids is None:
             position_ids = default_position_ids(inputs_embeds, attention_mask, past_key_values)
 
@@ -442,7 +444,7 @@ class HfLmModel(HfLmPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                **{**attention_kwargs, **kwargs},
+                **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -462,8 +464,10 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., hidden)` after the final norm -> `(..., vocabulary)`."""
+    def compute_logits(self, hidden_states: torch.Tensor, skip: bool = False) -> torch.Tensor | None:
+        """`(..., hidden)` after the final norm -> `(..., vocabulary)`, or None where they are skipped."""
+        if skip:
+            return None
         logits = self.lm_head(hidden_states)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
@@ -527,23 +531,16 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
+        hidden_states, loss = outputs.last_hidden_state, None
+        is_skipping = skip_logits and labels is not None and self._may_skip_logits()
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.compute_logits(hidden_states[:, kept, :], skip=is_skipping)
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
-        if skip_logits and labels is not None and self._may_skip_logits():
-            loss = linear_cross_entropy(
-                hidden_states,
-                self.lm_head,
-                labels,
-                logit_scale=self.config.logit_scale,
-                softcap=self.config.final_logit_softcapping,
-                **kwargs,
-            )
-        else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.compute_logits(hidden_states[:, kept, :])
-            if labels is not None:
+            if is_skipping:
+                scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
+                loss = linear_cross_entropy(hidden_states, self.lm_head, labels, scale, cap, **kwargs)
+            else:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
