@@ -47,6 +47,49 @@ def test_a_symbolic_trace_of_the_norm_is_the_plain_formula(offset):
     torch.testing.assert_close(torch.fx.GraphModule(norm, graph)(x), norm(x))
 
 
+class Attention(torch.nn.Module):
+    """One layer's attention, without a mask."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = HfLmAttention(config, 0)
+
+    def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return self.attention(hidden_states, (cos, sin))[0]
+
+
+class Pair(torch.fx.Proxy):
+    """Of all that is unknown only the leading shape is taken apart: batch and sequence."""
+
+    def __len__(self) -> int:
+        return 2
+
+
+class AttentionTracer(torch.fx.Tracer):
+    def is_leaf_module(self, module, name) -> bool:
+        return not isinstance(module, HfLmAttention)
+
+    def proxy(self, node):
+        return Pair(node, self)
+
+    def iter(self, pair):
+        return iter([pair[0], pair[1]])
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "full"}], ids=str)
+def test_a_symbolic_trace_of_attention_goes_from_three_projections_to_the_fourth(tiny_config, changes):
+    """vLLM shards the output projection with the others only where it finds it at the end of the trace."""
+    tiny_config.__dict__.update(changes, _attn_implementation="eager")
+    attention = Attention(tiny_config)
+    graph = AttentionTracer().trace(attention)
+    nodes = {str(node.target): node for node in graph.nodes}
+    assert all(nodes[f"attention.{name}_proj"].args == (nodes["hidden_states"],) for name in "qkv")
+    assert nodes["output"].args == (nodes["attention.o_proj"],)
+    angles = torch.rand(2, 5, 4).repeat(1, 1, 2)
+    inputs = torch.randn(2, 5, 32), angles.cos(), angles.sin()
+    torch.testing.assert_close(torch.fx.GraphModule(attention, graph)(*inputs), attention(*inputs))
+
+
 def count_operations(model: HfLmForCausalLM, skip_logits: bool) -> int:
     """Floating-point operations of one forward and backward on zeros."""
     ids = torch.zeros(2, 12, dtype=torch.long)
