@@ -44,7 +44,18 @@ QUALITY = {
     "overlap": "that stretch",
     "searched_characters": "characters of the training text that were searched for it",
 }
-RUN = ("task", "base_model", "parameters", "seed", "processes", "hardware", "license", "language", "git_revision")
+RUN = (
+    "task",
+    "kept",
+    "base_model",
+    "parameters",
+    "seed",
+    "processes",
+    "hardware",
+    "license",
+    "language",
+    "git_revision",
+)
 SEARCHED = 3_000_000  # characters of training text that samples are compared with
 CALIBRATED = 8  # batches of held-out text
 PER_PROMPT = 4  # samples

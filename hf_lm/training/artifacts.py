@@ -104,6 +104,10 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
         },
         "versions": {name: version(name) for name in PACKAGES},
     }
+    state, metric = trainer.state, arguments.metric_for_best_model
+    if arguments.load_best_model_at_end and state.best_model_checkpoint:
+        better = "greater" if arguments.greater_is_better else "less"
+        facts["kept"] = f"step {state.best_global_step}: best {metric} ({state.best_metric:.4g}, {better} is better)"
     if model_arguments.model_name_or_path is not None:
         facts["base_model"] = {"id": model_arguments.model_name_or_path}
         if digest := getattr(trainer.model, "base_sha256", None):  # an adapter fits these weights only

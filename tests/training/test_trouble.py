@@ -76,6 +76,8 @@ def test_a_run_that_overfits_says_so_and_keeps_its_best_and_its_costs(recipe, tm
     assert state["best_global_step"] < 60 and first["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-6)
     best, kept = (load_file(Path(folder) / "model.safetensors") for folder in (state["best_model_checkpoint"], tmp_path / "run"))  # fmt: skip
     assert all((kept[name] == weight).all() for name, weight in best.items())
+    kept = f"step {state['best_global_step']}: best loss ({state['best_metric']:.4g}, less is better)"
+    assert first["kept"] == kept and kept in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     again = train(*parse_recipe(path, ["--resume"]))
     for key in ("predicted", "actual", "train_seconds", "total_seconds", "peak_memory_bytes", "eval_loss"):
         assert again[key] == pytest.approx(first[key]) if key == "eval_loss" else again[key] == first[key], key
