@@ -188,7 +188,7 @@ def test_the_first_process_alone_writes(recipe, tmp_path):
     assert (tmp_path / "rank0" / "model.safetensors").exists() and (tmp_path / "rank0" / "loss_curve.png").exists()
     names = [path.name for path in tmp_path.glob("rank0/*")]
     assert len(names) == len(set(names))
-    assert len((tmp_path / "rank0" / "samples.jsonl").read_text().splitlines()) == 3  # two evaluations, one at the end
+    assert len((tmp_path / "rank0" / "samples.jsonl").read_text().splitlines()) == 2  # an evaluation each
 
 
 @pytest.mark.slow
