@@ -6,9 +6,13 @@ import os
 import sys
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.4")  # before what older ones lack
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
 PER_LAYER = {"layer_types": "layer_type", "no_rope_layers": "has_rope"}  # lists: the attribute of a layer
@@ -22,9 +26,11 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_hf_lm.HfLmForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_hf_lm.HfLmForQuestionAnswering",
 }
-# transformers copies the files that a code file imports along with it, and finds them by a pattern, in strings as well:
-# the config of a model from the Hub has all files at hand to save them.
+# transformers copies the files that a code file imports along with it (older releases: not those that they import), and
+# finds them by a pattern, in strings as well: the config of a model from the Hub has all files at hand to save them.
 IMPORTED_LATER = """
+from .functional_hf_lm import check_ids
+from .loss_hf_lm import linear_cross_entropy
 from .modeling_hf_lm import HfLmModel
 """
 

