@@ -272,7 +272,7 @@ class Reader(TrainerCallback):
         self.seen.append((state.global_step, damage(folder), {"optimizer.pt", "trainer_state.json"} <= files, same))
 
 
-@pytest.mark.parametrize("strategy", ["steps", "best"])
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("best", marks=pytest.mark.slow)])
 def test_callbacks_find_the_whole_checkpoint_when_it_is_saved(trainer, strategy):
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
     run, reader = trainer(max_steps=6, save_steps=2, save_strategy=strategy, save_total_limit=1, **evaluated), Reader()

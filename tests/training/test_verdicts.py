@@ -191,6 +191,14 @@ def test_values_out_of_range_are_refused(recipe, key, value):
         parse_recipe(recipe(**{key: value}), [])
 
 
+@pytest.mark.parametrize(("named", "said"), [("/not/there", "/not/there is no checkpoint"), ("true", "no valid")])
+def test_a_checkpoint_to_resume_from_must_be_there(recipe, tmp_path, named, said):
+    with pytest.raises(InputError, match=said):
+        train(*parse_recipe(recipe(), ["--resume_from_checkpoint", named]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_run_resumes_from_the_checkpoint_that_is_named(recipe, tmp_path):
     path = recipe(eval_strategy="no", report_to="none", max_steps=8)
 
