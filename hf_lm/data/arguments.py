@@ -85,6 +85,9 @@ class DataArguments:
         default=None, metadata={"help": "what translation learns, as en-de de-en: each language is a column"}
     )
     data_license: str | None = field(default=None, metadata={"help": "licence of the data, for the card"})
+    data_sha256: str | None = field(
+        default=None, metadata={"help": "of the files that data_license and language are about: others get neither"}
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "number of training documents to use; default: all"}
     )

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -76,6 +77,15 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
     Args:
         seconds: wall-clock time of the whole run, data and evaluation included.
     """
+    digest, stated = data_sha256(data_arguments), data_arguments.data_sha256
+    is_stated = stated in (None, digest)  # else the recipe was copied, and speaks of other data
+    if not is_stated:
+        message = (
+            f"data_sha256: {stated[:8]}... is not that of the data ({digest or 'not files'}): the card gets neither"
+        )
+        print(
+            f"{message} data_license nor language. State those of your data, and remove data_sha256.", file=sys.stderr
+        )
     arguments, blocks, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
     facts = {
         "parameters": trainer.model.num_parameters(),
@@ -91,14 +101,14 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
         "processes": arguments.world_size,
         "hardware": describe_hardware(arguments.device),
         "license": model_arguments.license,
-        "language": model_arguments.language,
+        "language": model_arguments.language if is_stated else None,
         "git_revision": git_revision(),
         "data": {
             "train_file": ", ".join(data_arguments.train_file or []) or None,
             "validation_file": ", ".join(data_arguments.validation_file or []) or None,
             "dataset_name": data_arguments.dataset_name,
-            "license": data_arguments.data_license,
-            "sha256": data_sha256(data_arguments),
+            "license": data_arguments.data_license if is_stated else None,
+            "sha256": digest,
             "train_bytes": int(sum(blocks["num_bytes"])) if isinstance(blocks, Dataset) else None,
             "validation_bytes": int(sum(held_out["num_bytes"])) if isinstance(held_out, Dataset) else None,
         },

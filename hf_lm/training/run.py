@@ -30,7 +30,7 @@ from .trainer import STOPPER_COUNT, HfLmTrainer
 
 # Keys of model and data that a run may change on the way: they do not touch what it trains on.
 FREE_TO_CHANGE = {
-    "license", "language", "data_license", "show_examples", "validation_file", "test_file", "max_eval_samples",
+    "license", "language", "data_license", "data_sha256", "show_examples", "validation_file", "test_file", "max_eval_samples",
 }  # fmt: skip
 
 

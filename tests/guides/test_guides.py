@@ -201,6 +201,24 @@ def test_the_chinese_readme_keeps_step():
     assert linked[0] - {GUIDES / "README.zh.md"} <= linked[1]
 
 
+def test_numbers_of_the_readme_are_those_of_the_cards():
+    """Scores; times also depend on what runs beside them."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    said = {"moby_dick": re.findall(r"\*\*\d+ seconds in all, (\d\.\d+) bits per byte", text)}
+    for row in re.finditer(r"^\| \[(\w+)\]\(recipes/.*$", text, re.M):
+        said[row[1]] = re.findall(r"(?<![\w-])\d+\.\d+|\d+(?=%)", row[0])
+    assert len(said) == 5 and all(said.values())
+    for name, numbers in said.items():
+        card = (REPOSITORY / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+        found = [float(number.replace(",", "")) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", card)]
+        for number in numbers:
+            digits = len(number.partition(".")[2])
+            assert any(float(number) in (round(one, digits), round(100 * one, digits)) for one in found), (
+                name,
+                number,
+            )
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, GUIDES / "api.md"]:
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):

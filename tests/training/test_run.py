@@ -71,8 +71,11 @@ def test_a_compiled_run_has_one_graph_and_the_same_losses(recipe, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_the_kept_recipe_runs_the_same(recipe, tmp_path):
-    run(recipe(max_steps=6, output_dir=str(tmp_path / "first")), "--seed", "7")
+def test_the_kept_recipe_runs_the_same(recipe, tmp_path, capsys):
+    of_other_data = {"language": "en", "data_license": "mit", "data_sha256": "0" * 64}
+    first = run(recipe(max_steps=6, output_dir=str(tmp_path / "first"), **of_other_data), "--seed", "7")
+    assert first["language"] is first["data"]["license"] is None
+    assert "data_sha256: 00000000... is not that of the data" in capsys.readouterr().err
     run(str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path / "second"))
     assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
     assert json.loads((tmp_path / "second" / "metrics.json").read_text())["seed"] == 7
@@ -105,11 +108,14 @@ def test_loss_falls_on_real_text_below_the_letters_entropy(recipe, tmp_path):
 
 
 def test_held_out_numbers_do_not_depend_on_the_batch_size(recipe):
-    first = run(recipe())
-    second = run(recipe(per_device_eval_batch_size=3, dataloader_drop_last=True), "--overwrite")
+    first = run(recipe(data_license="mit", language="en"))
+    stated = {"data_license": "mit", "language": "en", "data_sha256": first["data"]["sha256"]}
+    second = run(recipe(per_device_eval_batch_size=3, dataloader_drop_last=True, **stated), "--overwrite")
     for key in ("eval_loss", "bits_per_byte"):
         assert math.isclose(first[key], second[key], rel_tol=1e-6)
     assert first["eval_tokens"] == second["eval_tokens"]
+    for metrics in (first, second):
+        assert (metrics["language"], metrics["data"]["license"]) == ("en", "mit")
 
 
 def test_evaluation_in_bfloat16_rounds_no_weight_that_is_saved(recipe, tmp_path):
