@@ -20,6 +20,7 @@ from hf_lm.data.documents import data_sha256, hold_out, load_documents, load_row
 from hf_lm.data.packing import pack_documents
 from hf_lm.errors import InputError
 from hf_lm.tokenization import train_tokenizer
+from hf_lm.training.arguments import ModelArguments
 from hf_lm.training.tasks import task_class
 from hf_lm.training.tasks.classification import hold_out_by_label
 
@@ -39,7 +40,7 @@ def write(path, rows: list[dict]) -> str:
 def load(task: str, *, seed: int = 1, **data) -> tuple:
     """The task and its rows, without a model."""
     data = DataArguments(task=task, **{"validation_split_percentage": 0, **data})
-    made = task_class(task)(SimpleNamespace(language=None), data, SimpleNamespace(seed=seed))
+    made = task_class(task)(ModelArguments(), data, SimpleNamespace(seed=seed))
     return made, made.load()
 
 
