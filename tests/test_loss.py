@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_lm import HfLmForCausalLM, loss_hf_lm
 from hf_lm.loss_hf_lm import linear_cross_entropy
+from hf_lm.training.arguments import HfLmTrainingArguments
+from hf_lm.training.trainer import HfLmTrainer
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -134,6 +138,23 @@ def test_model_without_logits_equals_model_with_them(tiny_model):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "another family"])
+def test_our_trainer_skips_the_logits_where_the_model_can(tiny_model, tmp_path, kind):
+    model = tiny_model
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+    elif kind == "another family":
+        sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
+    logits, ids = [], torch.randint(3, 97, (2, 8))
+    model.register_forward_hook(lambda module, arguments, outputs: logits.append(outputs.logits))
+    trainer = HfLmTrainer(model, HfLmTrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    for is_asked in (False, True):
+        trainer.compute_loss(model.train(), {"input_ids": ids, "labels": ids}, return_outputs=is_asked)
+    trainer.compute_loss(model.eval(), {"input_ids": ids, "labels": ids})
+    assert [found is None for found in logits] == [kind != "another family", False, False]
 
 
 def test_logits_are_there_unless_skipped_and_for_a_loss_of_ones_own(tiny_model):
