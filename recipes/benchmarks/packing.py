@@ -66,7 +66,8 @@ def seconds(trainer, batches: list[dict]) -> float:
     start = time.perf_counter()
     for batch in batches:
         with trainer.compute_loss_context_manager():
-            loss = model(**batch, num_items_in_batch=(batch["labels"] != -100).sum()).loss
+            count = (batch["labels"] != -100).sum()
+            loss = trainer.compute_loss(model, batch, num_items_in_batch=count)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

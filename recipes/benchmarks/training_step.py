@@ -119,11 +119,12 @@ def measure(kind: str, case: str, arguments: argparse.Namespace) -> dict[str, fl
         rows = max(1, arguments.tokens // context)
         batch = draw_batch(vocabulary, rows, context, arguments.packed, arguments.device)
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16")
+        options = {"use_cache": False} | ({"skip_logits": True} if kind == "hf_lm" else {})
         times, cpu_times = [], []
         for _ in range(arguments.steps + 1):
             start, cpu_start = time.perf_counter(), time.process_time()
             with mixed:
-                loss = forward(**batch, use_cache=False).loss
+                loss = forward(**batch, **options).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
