@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..interop.heads import ADAPTER_TASKS
 from ..interop.parity import compare
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EMBEDDING = re.compile(r"(embed_tokens|lm_head)(\.base_layer|\.modules_to_save)?\.weight$")
 SAMPLED = 4096  # numbers of each weight
 
 
@@ -145,8 +147,19 @@ def merge_adapter(folder: str, base: str | None = None, tokenizer=None) -> tuple
     dtype = model.dtype
     warnings.simplefilter("ignore", UserWarning)  # of peft about tied weights, which are untied below
     try:
+        found = load_file(Path(folder) / ADAPTER_WEIGHTS)
+        # PEFT saves the whole embedding of a model whose vocabulary was resized for the adapter.
+        saved = {match[1]: len(weight) for name, weight in found.items() if (match := EMBEDDING.search(name))}
+        if (size := saved.get("embed_tokens")) not in (None, model.get_input_embeddings().num_embeddings):
+            if hasattr(model, "lm_head") and not model.config.tie_word_embeddings and "lm_head" not in saved:
+                raise InputError(
+                    f"{folder}: was trained with {size} tokens, but PEFT did not save the head's new ones."
+                )
+            model.resize_token_embeddings(size, mean_resizing=False)
         adapted = peft.PeftModel.from_pretrained(model.float(), folder).eval()
-        expected, found = peft.get_peft_model_state_dict(adapted), load_file(Path(folder) / ADAPTER_WEIGHTS)
+        expected = peft.get_peft_model_state_dict(adapted)
+    except InputError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: the adapter was made for another model than {base}.") from error
     if different := set(expected) ^ set(found):

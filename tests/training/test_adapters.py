@@ -114,12 +114,15 @@ def base(request, tokenizer, tmp_path):
     return tmp_path / "base"
 
 
-def adapter(base, folder, **options):
-    """A folder as PEFT writes it, of an adapter that changes what the model says."""
+def adapter(base, folder, count=None, **options):
+    """A folder as PEFT writes it, of an adapter that changes what the model says; `count`: tokens, if more than before."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", "init_lora_weights": False} | options)
-    adapted = get_peft_model(HfLmForCausalLM.from_pretrained(base), config)
+    model = HfLmForCausalLM.from_pretrained(base)
+    if count:
+        model.resize_token_embeddings(count)
+    adapted = get_peft_model(model, config)
     with torch.no_grad():
         for weight in adapted.parameters():
             if weight.requires_grad:
@@ -156,6 +159,30 @@ def test_the_merged_model_equals_the_adapted_one(base, options, tmp_path, capsys
     assert (merged(ids).logits - before(ids).logits).abs().max() > 0.1
     if not {"target_modules", "modules_to_save"} & set(options):  # nothing unties the head in vain
         assert merged.config.tie_word_embeddings == before.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_of_a_larger_vocabulary_is_merged(base, options, tmp_path, capsys):
+    warnings.simplefilter("ignore")
+    config = HfLmConfig.from_pretrained(base)
+    count = config.vocab_size + 5
+    adapted = adapter(base, tmp_path / "adapter", count=count, **options)
+    if not config.tie_word_embeddings and "embed_tokens" in options.get("target_modules", []):  # PEFT loses the rows
+        assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 2
+        assert f"with {count} tokens, but PEFT did not save the head's new ones" in capsys.readouterr().err
+        return
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    new = torch.cat((ids, torch.full_like(ids[:, :2], count - 1)), dim=1)
+    torch.testing.assert_close(merged(new).logits, adapted(new).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_merged_is_refused_in_one_line(base, tmp_path, capsys):
