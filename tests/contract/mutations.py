@@ -36,8 +36,8 @@ MUTATIONS = {
     ),
     "padding seen": (
         FUNCTIONS,
-        'inputs_embeds, attention_mask, past_key_values, **mask_kwargs)',
-        'inputs_embeds, None, past_key_values, **mask_kwargs)',
+        'inputs_embeds, attention_mask, **mask_kwargs)',
+        'inputs_embeds, None, **mask_kwargs)',
     ),
     "documents see each other": (
         FUNCTIONS,
@@ -62,7 +62,7 @@ MUTATIONS = {
     "norm before the MLP left out": (MODEL, "self.mlp(self._norm(2, hidden_states))))", "self.mlp(hidden_states)))"),
     "final norm left out": (MODEL, "last_hidden_state=self.norm(hidden_states)", "last_hidden_state=hidden_states"),
     "untied head": (MODEL, '{"lm_head.weight": "model.embed_tokens.weight"}', "{}"),
-    "loss not divided by num_items_in_batch": (LOSS, "if num_items_in_batch is None:", "if True:"),
+    "loss not divided by num_items_in_batch": (LOSS, ".sum() if given is None else given", ".sum()"),
     "labels not shifted": (LOSS, "labels, (0, 1), value=ignore_index)[..., 1:]", "labels, (0, 1), value=ignore_index)[..., :-1]"),
     "loss of a head multiplied by accumulation": (MODEL, "    accepts_loss_kwargs = False\n\n    def __init__(self, config: HfLmConfig):\n        HfLmPreTrainedModel.__init__(self, config)\n        self.num_labels = config.num_labels\n        self.model = HfLmModel(config)\n        self.dropout", "    def __init__(self, config: HfLmConfig):\n        HfLmPreTrainedModel.__init__(self, config)\n        self.num_labels = config.num_labels\n        self.model = HfLmModel(config)\n        self.dropout"),
     "buffer not rebuilt on load": (MODEL, "init.constant_(module.embed_scale, module.scalar_embed_scale)", "pass"),
