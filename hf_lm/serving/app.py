@@ -175,7 +175,8 @@ class _Server:
             raise BadRequest(field, one_line(error)) from error
         matcher = llguidance.LLMatcher(self.grammar_tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise BadRequest(field, f"the JSON schema cannot be followed: {matcher.get_error()}")
+            reason = " ".join(matcher.get_error().split())
+            raise BadRequest(field, f"the JSON schema cannot be followed: {reason}")
         return matcher
 
     # ----- answers -----

@@ -136,8 +136,10 @@ class Row:
         if any(self.penalties):
             self.processors.insert(0, _Penalties(self, *self.penalties))
         self.waiting: list[Scored] = []  # until their text is released
+        self.offset = 0  # of the answer in the text: characters of the prompt
         if self.prompt_text is not None:
             self.emit(Piece(scored=self._score_prompt(model)))
+            self.offset = self.prompt_text.length
         if not self.limit:
             self.finish("length")
 
@@ -172,7 +174,7 @@ class Row:
         if self.matcher is not None and not ended:
             self.matcher.consume_token(token)
         if self.top is not None and not ended:
-            self.waiting.append(self._score(token, self.text.length, logits))
+            self.waiting.append(self._score(token, self.offset + self.text.length, logits))
         text = self.text.add(token)
         if ended or self.text.stopped or (self.matcher is not None and self.matcher.is_stopped()):
             self.finish("stop", text)
@@ -183,7 +185,7 @@ class Row:
         return token
 
     def _released(self, to_the_end: bool = False) -> list[Scored]:
-        ready = [scored for scored in self.waiting if to_the_end or scored.start < self.text.released]
+        ready = [scored for scored in self.waiting if to_the_end or scored.start < self.offset + self.text.released]
         self.waiting = self.waiting[len(ready) :]
         return ready
 
