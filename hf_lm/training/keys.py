@@ -37,6 +37,9 @@ def defaults_of_run(is_new: bool, named: dict) -> dict:
         values["eval_steps"] = named["save_steps"]
     if "eval_steps" in named:
         del values["save_steps"]
+    if named.get("load_best_model_at_end") or named.get("early_stopping_patience"):  # each save needs its score
+        values |= {"save_steps": named["eval_steps"]} if "eval_steps" in named else {}
+        values |= {"save_strategy": "epoch"} if named.get("eval_strategy") == "epoch" else {}
     if named.get("optim") or named.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         values.pop("muon_learning_rate", None)
     return {name: value for name, value in values.items() if name not in named}

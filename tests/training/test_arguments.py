@@ -134,6 +134,8 @@ def test_defaults_are_those_that_were_measured_and_the_recipe_wins(parsed):
     assert got(watched, "eval_steps: 7", "warmup_steps: 0") == [0, 0.01, "steps", 7, 500]
     assert got(watched, "save_steps: 7")[3:] == [7, 7]
     assert got(watched, "save_strategy: epoch")[2] == "epoch"
+    assert got(watched, "eval_steps: 300", "load_best_model_at_end: true")[3:] == [300, 300]
+    assert got(("save_strategy",), "eval_strategy: epoch", "early_stopping_patience: 3") == ["epoch"]
 
 
 @pytest.mark.parametrize(
