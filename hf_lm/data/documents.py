@@ -211,7 +211,6 @@ def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
     rows, share = len(documents), percentage / 100
     count = math.ceil(rows * share)
     if documents.column_names != ["text"]:
-        logger.warning(f"held out: the last {count:,} of {rows:,} rows.")
         if count == rows:
             raise InputError(
                 f"validation_split_percentage: {percentage} per cent of {rows} rows leaves none to train on."
@@ -221,9 +220,6 @@ def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
     total = int(tail[-1])
     for number in (count, int(np.searchsorted(tail, total * share)) + 1):
         if number < rows and share / 2 <= tail[number - 1] / total <= share * 2:
-            logger.warning(
-                f"held out: the last {number:,} of {rows:,} texts, {tail[number - 1] / total:.1%} of the characters."
-            )
             return _last(documents, number)
     parts = {"train": [], "validation": []}
     for row in documents:
@@ -235,14 +231,22 @@ def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
         raise InputError(
             f"validation_split_percentage: {percentage} per cent of {total} characters leaves a part empty."
         )
-    held_out = sum(map(len, parts["validation"]))
-    which = "of the text" if rows == 1 else f"of each of {rows:,} texts"
-    logger.warning(f"held out: the end {which}, {held_out / total:.1%} of the characters.")
     key = f"{documents._fingerprint}-{percentage}"
     return {
         split: Dataset(pa.table({"text": pa.array(texts, pa.string())}), fingerprint=f"{key}-{split}")
         for split, texts in parts.items()
     }
+
+
+def describe_split(rows: dict[str, Dataset | IterableDataset]) -> str | None:
+    """Say how much is held out: characters of texts, or rows; None if nothing is, or if a stream does not tell."""
+    parts = [rows.get(split) for split in ("validation", "train")]
+    if not all(isinstance(part, Dataset) for part in parts):
+        return None
+    is_text = all(part.column_names == ["text"] for part in parts)
+    held_out, trained = (int(_lengths(part).sum()) if is_text else len(part) for part in parts)
+    total, unit = held_out + trained, "characters" if is_text else "rows"
+    return f"Held out: {held_out:,} of {total:,} {unit} ({held_out / total:.1%})"
 
 
 def _last(rows: Dataset, count: int) -> dict[str, Dataset]:

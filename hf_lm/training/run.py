@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from ..analysis.forecast import forecast, in_words, peak_memory
 from ..analysis.report import measure_quality
 from ..data.arguments import DataArguments
+from ..data.documents import describe_split
 from ..data.examples import show_example
 from ..errors import InputError
 from ..hub.push import PushCallback
@@ -176,6 +177,8 @@ def train(
         predicted = forecast(trainer, time.perf_counter() - start)
         print(f"Predicted: {in_words(predicted)} until it is trained", file=sys.stderr)
     if trainer.is_world_process_zero():  # from here on nothing in the recipe can be wrong
+        if split := describe_split(task.rows):
+            print(split, file=sys.stderr)
         show_examples(trainer, data_arguments.show_examples)
         if training_arguments.overwrite and folder.exists():
             shutil.rmtree(folder)

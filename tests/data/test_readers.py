@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from hf_lm.data.arguments import DataArguments
-from hf_lm.data.documents import data_sha256, hold_out, load_documents, load_rows
+from hf_lm.data.documents import data_sha256, describe_split, hold_out, load_documents, load_rows
 from hf_lm.data.packing import pack_documents
 from hf_lm.errors import InputError
 from hf_lm.tokenization import train_tokenizer
@@ -226,19 +226,21 @@ def test_a_local_dataset_has_splits_by_usual_names_and_text_as_it_is_written(tmp
     assert "the splits extra are not used" in caplog.text
 
 
-def test_the_share_of_the_text_is_held_out_where_texts_are_few_or_uneven(tmp_path, caplog):
+def test_the_share_of_the_text_is_held_out_where_texts_are_few_or_uneven():
     def held_out(sizes: list[int], percentage: float) -> tuple:
         letters = [chr(97 + number % 26) * size for number, size in enumerate(sizes)]
         parts = hold_out(datasets.Dataset.from_dict({"text": letters}), percentage)
         assert Counter("".join(parts["train"]["text"]) + "".join(parts["validation"]["text"])) == Counter(
             "".join(letters)
         )
-        return [[len(text) for text in parts[split]["text"]] for split in ("train", "validation")]
+        sizes = [[len(text) for text in parts[split]["text"]] for split in ("train", "validation")]
+        share = sum(sizes[1]) / len("".join(letters))
+        assert f"{sum(sizes[1]):,} of" in describe_split(parts) and f"({share:.1%})" in describe_split(parts)
+        return sizes
 
     assert held_out([300, 1200], 10) == [[270, 1080], [30, 120]]
     assert held_out([100] * 3, 10) == [[90] * 3, [10] * 3]
     assert held_out([100] * 20, 10) == [[100] * 18, [100] * 2]
-    assert "held out: the last 2 of 20 texts, 10.0% of the characters" in caplog.text
     assert held_out([100] * 100 + [1] * 100, 50) == [[100] * 50, [100] * 50 + [1] * 100]  # not 100 rows of 1
     assert held_out([2] * 9 + [1000], 10) == [[1] * 9 + [900], [1] * 9 + [100]]
 
@@ -246,6 +248,7 @@ def test_the_share_of_the_text_is_held_out_where_texts_are_few_or_uneven(tmp_pat
 def test_labels_are_held_out_in_equal_shares():
     rows = datasets.Dataset.from_dict({"text": list("abcdefghij") * 10, "label": ["a"] * 80 + ["b"] * 18 + ["c", "d"]})
     parts = hold_out_by_label(rows, 10, "label")
+    assert describe_split(parts) == "Held out: 10 of 100 rows (10.0%)"
     assert Counter(parts["validation"]["label"]) == {"a": 8, "b": 2}
     assert set(parts["train"]["label"]) == set("abcd") and len(parts["train"]) == 90
     assert Counter(hold_out_by_label(rows, 60, "label")["train"]["label"])["c"] == 1

@@ -70,7 +70,6 @@ def hold_out_by_label(rows: Dataset, percentage: float, column: str) -> dict[str
         raise InputError(
             f"validation_split_percentage: {percentage} per cent of {len(rows)} rows leaves none to score."
         )
-    logger.warning(f"held out: {held_out.sum():,} of {len(rows):,} rows, the same share of each label.")
     return {"train": rows.select(np.flatnonzero(~held_out)), "validation": rows.select(np.flatnonzero(held_out))}
 
 
