@@ -214,6 +214,7 @@ def test_eight_bit_products_do_not_overflow(rows, sign):
     torch.testing.assert_close(PackedLinear(layer, bits=8)(x), layer(x), rtol=0.01, atol=0)
 
 
+@pytest.mark.slow
 def test_eight_bit_products_do_not_overflow_without_vnni(monkeypatch):
     code = """
 from hf_lm import inference

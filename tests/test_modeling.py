@@ -540,7 +540,7 @@ def test_compiles_to_one_graph(name, backend):
     ("name", "backend"),
     [
         pytest.param("default", "aot_eager", marks=pytest.mark.slow),
-        ("everything", "aot_eager"),
+        pytest.param("everything", "aot_eager", marks=pytest.mark.slow),
         pytest.param("everything", "inductor", marks=pytest.mark.slow),
     ],
 )

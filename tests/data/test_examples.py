@@ -155,6 +155,7 @@ def test_shown_examples_tell_what_is_learned():
     assert show_example(block, tokenizer, color=True) == "\x1b[2mask\x1b[22myes\n\x1b[2mask\x1b[22mno"
 
 
+@pytest.mark.slow
 def test_train_shows_examples_before_it_starts(tmp_path, repository, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -130,7 +130,7 @@ def test_the_pipeline_gives_the_labels_that_were_scored(task_recipe, tmp_path, r
     assert classify.model.config.label2id == {"Chinese": 0, "English": 1}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
 def test_the_folder_can_be_shared(task_recipe, tmp_path, task, capsys):
     run(task_recipe(task=task, license="mit", language="en", data_license="mit", max_steps=2))
     assert main(["push", str(tmp_path / "run"), "somebody/labels", "--dry-run"]) == 0
@@ -178,6 +178,7 @@ def test_a_labels_likelihood_is_that_of_its_words_alone(task_recipe, base, rows)
             assert math.isclose(found[order[text], number], expected, rel_tol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_zero_shot_score_stands_beside_the_trained_one(task_recipe, base):
     metrics = run(
         task_recipe(task="label-likelihood", model_name_or_path=base, config_overrides=None, learning_rate=0.01)
@@ -317,6 +318,7 @@ def test_bad_rows_are_named(task_recipe, rows, change, message):
         build(task_recipe(rows=change(rows)))
 
 
+@pytest.mark.slow
 def test_examples_are_shown_with_their_label(task_recipe, capsys):
     for task, shown in zip(TASKS, (r" -> (Chinese|English)$", r"⟦.* This is⟧ (Chinese|English)$"), strict=True):
         run(task_recipe(task=task, max_steps=1, eval_strategy="no"), "--show-examples", "1", "--overwrite")

@@ -32,6 +32,7 @@ def continued(recipe, tmp_path, base, **changes):
     return parse_recipe(path, [])
 
 
+@pytest.mark.slow
 def test_a_new_language_is_learned_and_the_old_one_measured(recipe, tmp_path, base):
     recipe_keys = continued(recipe, tmp_path, base)
     recipe_keys[0].config_overrides = None
@@ -75,6 +76,7 @@ def test_mistakes_are_named(recipe, tmp_path, base):
             train(*continued(recipe, tmp_path, base, **changes))
 
 
+@pytest.mark.slow
 def test_replayed_text_is_mixed_in(recipe, tmp_path, base):
     from hf_lm.training.tasks import task_class
 

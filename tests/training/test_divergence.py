@@ -91,7 +91,7 @@ def test_nan_stops_at_its_step_and_says_what_was_seen(build, tmp_path, accumulat
     assert not any(damage(folder) for folder in saved)
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "group_by_length"])
 def test_rows_that_are_named_are_those_of_the_batch_in_any_order(build, caplog, strategy):
     trainer = build((10,), on_divergence="skip", train_sampling_strategy=strategy, max_steps=48)
     said, leave_out = [], trainer._leave_out
@@ -176,7 +176,7 @@ def test_rolling_back_needs_a_checkpoint(build):
         build((2,), on_divergence="rollback").train()
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize("action", ["skip", pytest.param("rollback", marks=pytest.mark.slow)])
 def test_a_run_that_diverged_resumes_to_the_same_bits_and_count(build, tmp_path, action):
     straight = build((10, 18), on_divergence=action)
     straight.train()

@@ -102,8 +102,15 @@ def compiled_step(model: HfLmForCausalLM, ids: torch.Tensor, mixed: bool) -> tup
     return sum(kept.values()), [loss, *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "mixed"),
+    [
+        pytest.param(changes, mixed, marks=pytest.mark.slow if changes or mixed else ())
+        for changes in CHANGES
+        for mixed in (False, True)
+    ],
+    ids=str,
+)
 def test_compiled_layers_keep_no_norms_and_no_sums(tiny_config, changes, mixed):
     for name, value in changes.items():
         setattr(tiny_config, name, value)

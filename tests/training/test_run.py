@@ -56,6 +56,7 @@ def test_a_run_leaves_everything_in_one_folder(recipe, tmp_path):
     assert [sample["step"] for sample in samples] == [6, 12]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_one_graph_and_the_same_losses(recipe, tmp_path):
     """Of its forecast too, and for an epoch's smaller last batch: with a second size all would run in a graph for any."""
     changes = {"per_device_train_batch_size": 48, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
@@ -107,6 +108,7 @@ def test_loss_falls_on_real_text_below_the_letters_entropy(recipe, tmp_path):
     assert metrics["bits_per_byte"] < 4.0  # the entropy of single letters of this book is 4.2 bits
 
 
+@pytest.mark.slow
 def test_held_out_numbers_do_not_depend_on_the_batch_size(recipe):
     first = run(recipe(data_license="mit", language="en"))
     stated = {"data_license": "mit", "language": "en", "data_sha256": first["data"]["sha256"]}

@@ -129,6 +129,7 @@ def test_without_weights_or_step_nothing_goes_on(tmp_path, lost, said):
         require_complete(folder, {}, allow_changes=True, restart_missing_state=True)
 
 
+@pytest.mark.slow
 def test_weights_alone_are_gone_on_from_by_choice(recipe, tmp_path, capsys):
     path = recipe(save_only_model=True, eval_strategy="no", report_to="none")
     train(*parse_recipe(path, ["--max_steps", "8"]))
@@ -139,6 +140,7 @@ def test_weights_alone_are_gone_on_from_by_choice(recipe, tmp_path, capsys):
     assert "goes on with these started anew" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_data_and_another_model_are_refused(recipe, tmp_path):
     path = recipe(eval_strategy="no", report_to="none", max_steps=4)
     train(*parse_recipe(path, []))
@@ -191,7 +193,7 @@ def trainer(tiny_config, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "group_by_length"])
 def test_every_order_of_rows_is_found_again_in_a_later_epoch(trainer, tmp_path, strategy):
     straight = trainer(train_sampling_strategy=strategy)
     straight.train()

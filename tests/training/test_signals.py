@@ -40,7 +40,7 @@ def same(one: dict, other: dict) -> bool:
 
 @pytest.mark.parametrize(
     ("best", "step"),
-    [(True, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 6), (False, 5), (False, 6)))],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 5), (True, 6), (False, 5), (False, 6))],
 )
 def test_a_signalled_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, step, best):
     """Also where evaluations are due, with dropout, and where only the best checkpoint would be kept."""

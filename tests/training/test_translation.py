@@ -125,6 +125,7 @@ def test_a_run_ends_in_scores_of_every_pair_a_model_and_a_card(recipe, tmp_path,
     assert model.generation_config.num_beams == 4 and model.config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.slow
 def test_only_translations_are_learned_each_example_once_in_an_order_of_the_seed(recipe, sentences):
     blocks, tokenizer = encoded(recipe())
     again, _ = encoded(recipe())
