@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset, IterableDataset, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub import HfFileSystem, hf_hub_download, snapshot_download
 from transformers.utils import logging
 
 from ..errors import InputError, one_line
@@ -149,6 +150,28 @@ def _own_files(builder) -> dict[str, list[str]]:
     return files if {format_of(path) for paths in files.values() for path in paths} == {kind} else {}
 
 
+def _downloaded(path: str) -> str:
+    """The file itself, also of an address on the Hub."""
+    if not path.startswith("hf://"):
+        return path
+    place = HfFileSystem().resolve_path(path)
+    return hf_hub_download(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
+
+
+def _builder_of(name: str, configuration: str | None, **options):
+    """The builder of a dataset; offline, that of the files which an earlier run has downloaded."""
+    try:
+        return load_dataset_builder(name, configuration, **options)
+    except (OSError, ValueError):  # offline, or without network
+        try:
+            folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+        except (OSError, ValueError):
+            folder = None
+        if folder is None:
+            raise
+        return load_dataset_builder(folder, configuration)
+
+
 def _folder_cache(folder: str) -> str:
     """Where `datasets` caches a local folder: a place of its own for each content, because it looks only at times."""
     digest = hashlib.sha256()
@@ -162,10 +185,11 @@ def _load_dataset(arguments: DataArguments, keep) -> dict:
     try:
         if os.path.isdir(name):
             options = {"cache_dir": _folder_cache(name)}
-        builder = load_dataset_builder(name, arguments.dataset_config_name, **options)
-        if options and (files := _own_files(builder)):
+        builder = _builder_of(name, arguments.dataset_config_name, **options)
+        # A stream from the Hub is left to `datasets`, which need not download whole files first.
+        if (options or not streaming) and (files := _own_files(builder)):
             splits = {
-                split: read_files("dataset_name", paths, arguments.encoding, streaming)
+                split: read_files("dataset_name", list(map(_downloaded, paths)), arguments.encoding, streaming)
                 for split, paths in files.items()
             }
         else:

@@ -478,6 +478,14 @@ class Hub:
             ("POST", "/storage/{sha256}/complete", self.complete_parts),
             ("PUT", "/storage/{sha256}/{part}", self.put_part),
         ]
+        # Of datasets, what a reader needs; a repository is found by its name, whatever its kind.
+        datasets = "/api/datasets/{owner}/{name}"
+        routes += [
+            (methods, path.replace(repo, datasets), endpoint)
+            for methods, path, endpoint in routes
+            if endpoint in (self.model_info, self.tree, self.paths_info, self.refs)
+        ]
+        routes.append(("GET", "/datasets/{owner}/{name}/resolve/{revision}/{path:path}", self.resolve))
         return Starlette(
             routes=[Route(path, endpoint, methods=methods.split()) for methods, path, endpoint in routes],
             exception_handlers={HTTPException: self.error},

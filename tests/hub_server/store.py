@@ -150,6 +150,12 @@ class HubStore:
         self.blobs[blob.oid] = content
         return blob
 
+    def put(self, name: str, **contents: bytes) -> None:
+        """Commit small files to main, as if they had been uploaded: `put("owner/a", **{"b.txt": b"c"})`."""
+        repository = self.repositories[name]
+        tree = repository.resolve("main").tree | {path: self.add_blob(data) for path, data in contents.items()}
+        repository.add_commit("refs/heads/main", tree, "put", name.split("/")[0])
+
     def put_large(self, name: str, path: str, content: bytes) -> None:
         """Commit a large file to main, as if it had been uploaded."""
         repository, sha256 = self.repositories[name], hashlib.sha256(content).hexdigest()
