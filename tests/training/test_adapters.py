@@ -41,7 +41,7 @@ KINDS = {
     "TRAINABLE_TOKENS": {"token_indices": [5, 7]},
     "VBLORA": {"vector_length": 4},
     "WAVEFT": {"n_frequency": 10},
-    "XLORA": None,  # is made of other adapters
+    "XLORA": None,  # is made of other adapters: has a test of its own
 }
 
 
@@ -93,6 +93,26 @@ def test_every_kind_that_trains_a_llama_trains_this_model(tmp_path):
         assert len(set(outcomes)) <= 1, (kind, outcomes)
         trained += [kind.value] * bool(outcomes)
     assert len(trained) > 40
+
+
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, HfLmForCausalLM])
+def test_a_mixture_of_adapters_is_trained(tmp_path, model_class):
+    from peft import LoraConfig, XLoraConfig, get_peft_model
+
+    def build():
+        torch.manual_seed(0)
+        own = {"intermediate_size": 64} if model_class is LlamaForCausalLM else {"zero_init_residual": False}
+        return model_class(model_class.config_class(use_cache=False, **own, **SIZES))
+
+    for number in "01":
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(build(), lora).save_pretrained(tmp_path / number)
+    adapters = {number: str(tmp_path / number) for number in "01"}
+    mixture = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=2, adapters=adapters)
+    model = get_peft_model(build(), mixture)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert sum(weight.grad is not None for weight in model.parameters()) == 4  # of the two layers that weigh them
+    assert model.eval()(input_ids=ids).logits.shape == (*ids.shape, SIZES["vocab_size"])
 
 
 @pytest.fixture(scope="module")
