@@ -171,13 +171,13 @@ def test_logits_are_there_unless_skipped_and_for_a_loss_of_ones_own(tiny_model):
 @pytest.mark.parametrize("skip_logits", [True, False])
 @pytest.mark.parametrize("number", [None, 0, torch.tensor(0)], ids=str)
 @pytest.mark.parametrize("length", [1, 8])
-def test_without_labels_loss_and_gradients_are_zero(tiny_model, skip_logits, number, length):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_without_labels_loss_and_gradients_are_zero(tiny_model, skip_logits, number, length, compiled):
     ids = torch.randint(3, 97, (2, length))
     mask = torch.zeros_like(ids) if length == 8 else None  # padding only
     labels = torch.full_like(ids, -100) if length == 8 else ids  # the only label of a row has nothing before it
-    outputs = tiny_model.train()(
-        ids, attention_mask=mask, labels=labels, num_items_in_batch=number, skip_logits=skip_logits
-    )
+    model = torch.compile(tiny_model.train(), backend="aot_eager", disable=not compiled)
+    outputs = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=number, skip_logits=skip_logits)
     outputs.loss.backward()
     assert outputs.loss == 0 and (outputs.logits is None) == skip_logits
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in tiny_model.parameters())
