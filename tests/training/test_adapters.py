@@ -1,6 +1,7 @@
 """Adapters of PEFT train what they train on a Llama, are merged into equal models, and find their base from anywhere."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -179,6 +180,20 @@ def test_the_merged_model_equals_the_adapted_one(base, options, tmp_path, capsys
     assert (merged(ids).logits - before(ids).logits).abs().max() > 0.1
     if not {"target_modules", "modules_to_save"} & set(options):  # nothing unties the head in vain
         assert merged.config.tie_word_embeddings == before.config.tie_word_embeddings
+
+
+def test_a_merged_model_has_the_dtype_of_its_base(base, tmp_path, capsys):
+    """It is compared before its weights are rounded."""
+    warnings.simplefilter("ignore")
+    HfLmForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    adapted = adapter(base, tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().out
+    assert "bfloat16" in said and float(re.search(r"logit difference (\S+),", said)[1]) < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, weight in adapted.float().merge_and_unload().state_dict().items():
+        assert merged[name].dtype == torch.bfloat16
+        torch.testing.assert_close(merged[name].float(), weight, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ TESTED_CONFIGS = {
         "residual_multiplier": 0.7,
         "embedding_multiplier": 5.5,
         "lm_head_bias": True,
-        "logit_scale": 0.5,
+        # With 0.5 the gradient norm at the end of the suite's overfitting test is noise: rounding decides whether it passes.
+        "logit_scale": 1.5,
         "final_logit_softcapping": 20.0,
     },
     "gemma2": {
