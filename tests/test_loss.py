@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -140,10 +139,12 @@ def test_model_without_logits_equals_model_with_them(tiny_model):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["plain", "lora", "another family"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("lora", marks=pytest.mark.slow), "another family"])
 def test_our_trainer_skips_the_logits_where_the_model_can(tiny_model, tmp_path, kind):
     model = tiny_model
     if kind == "lora":
+        from peft import LoraConfig, get_peft_model  # the long tests install it
+
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
     elif kind == "another family":
         sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
