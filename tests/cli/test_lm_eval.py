@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import processors
 
+from hf_lm import HfLmConfig, HfLmForSequenceClassification
 from hf_lm.cli import main
 from hf_lm.evaluation.probe import minimal_pairs, sentences
 from hf_lm.evaluation.text import encode_prompt
@@ -134,3 +135,10 @@ def test_unknown_tasks_are_named(tasks, tmp_path, capsys):
         main(["lm-eval", str(tmp_path), "--tasks", "local_choice", "--include-path", str(tasks), "--limit", "3"]) == 0
     )
     assert "local_choice" in capsys.readouterr().out
+
+
+def test_a_classifier_is_refused(tasks, tmp_path, capsys):
+    HfLmForSequenceClassification(HfLmConfig(hidden_size=32, num_hidden_layers=1)).save_pretrained(tmp_path)
+    assert main(["lm-eval", str(tmp_path), "--tasks", "wikitext"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "(HfLmForSequenceClassification), not a language model" in error

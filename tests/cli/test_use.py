@@ -213,7 +213,7 @@ def test_mistakes_are_one_line_with_exit_code_2(folder, capsys, words, message):
 
 LABELLING = {  # each command that needs a language model
     "generate": [], "score": ["x"], "chat": [], "serve": [], "inspect": ["--text", "x", "--html", "page.html"],
-    "evaluate": ["--data", "book.txt"], "probe": ["--data", "book.txt"], "lm-eval": ["--tasks", "wikitext"],
+    "evaluate": ["--data", "book.txt"], "probe": ["--data", "book.txt"],
 }  # fmt: skip
 
 
