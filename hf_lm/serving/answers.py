@@ -227,7 +227,8 @@ class Answer:
                 for chunk in self.choices[index].add(piece):
                     yield event([chunk])
         except AnswerError as error:
-            yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error', 'param': None, 'code': 500}})}\n\n"
+            refusal = {"message": str(error), "type": "server_error", "param": None, "code": 500}
+            yield f"data: {json.dumps({'error': refusal})}\n\n"
             return
         if self.include_usage:
             yield event([], usage=self.usage)

@@ -110,7 +110,7 @@ def keep_best_by_default(arguments: HfLmTrainingArguments, rows: int | None) -> 
 
 
 def add_own_keys(arguments: TrainingArguments) -> None:
-    """Give plain `TrainingArguments`, or a user's subclass of them, the keys of `HfLmTrainingArguments` at their defaults."""
+    """Give `TrainingArguments`, or a user's subclass of it, the defaults of the keys of `HfLmTrainingArguments`."""
     for key in fields(TrainingKeys):
         if not hasattr(arguments, key.name):
             setattr(arguments, key.name, key.default)

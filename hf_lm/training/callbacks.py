@@ -74,8 +74,8 @@ def continue_prompts(trainer, count: int = 1) -> list[dict]:
 
 class SampleCallback(TrainerCallback):
     """
-    At each evaluation, continue some prompts; written to the terminal, `samples.jsonl` and TensorBoard, which gets histograms of the
-    weights and the model's graph as well if that is asked for.
+    Continue some prompts at each evaluation. The samples go to the terminal, `samples.jsonl` and TensorBoard, which gets
+    histograms of the weights and the model's graph as well if that is asked for.
     """
 
     def __init__(self, trainer):

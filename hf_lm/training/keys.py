@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from .recipe_file import read_mapping
 
-# What a recipe gets that does not name these keys, measured by recipes/benchmarks/defaults.py. Steps below 1 are shares
-# of the run.
+# What a recipe gets that does not name these keys. The rates are those of the shipped recipes; recipes/guides/train.md
+# says what they gain together. Steps below 1 are shares of the run.
 EVERY_RUN = {
     "warmup_steps": 0.02,
     "logging_steps": 0.01,

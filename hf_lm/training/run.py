@@ -31,7 +31,8 @@ from .trainer import STOPPER_COUNT, HfLmTrainer
 
 # Keys of model and data that a run may change on the way: they do not touch what it trains on.
 FREE_TO_CHANGE = {
-    "license", "language", "data_license", "data_sha256", "show_examples", "validation_file", "test_file", "max_eval_samples",
+    "license", "language", "data_license", "data_sha256", "show_examples", "validation_file", "test_file",
+    "max_eval_samples",
 }  # fmt: skip
 
 
@@ -58,8 +59,8 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
         The checkpoint to go on from, with `resume` or `resume_from_checkpoint`; else None.
 
     Raises:
-        InputError: the folder cannot be written to; or it holds a run and neither `overwrite` nor `resume` is given; or it holds other files; or
-            there is nothing to resume.
+        InputError: the folder cannot be written to; or it holds a run and neither `overwrite` nor `resume` is given; or
+            it holds other files; or there is nothing to resume.
     """
     folder = Path(arguments.output_dir)
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())

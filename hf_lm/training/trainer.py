@@ -66,7 +66,8 @@ class HfLmTrainer(Trainer):
 
     - `evaluate` weighs every token alike, so that its numbers (loss in nats per token, perplexity, bits per byte) do
       not depend on batch size or number of processes. A `compute_metrics` of your own takes its place.
-    - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `BesideMuon`), the rest by what `optim` says.
+    - with `args.muon_learning_rate`, the decoder layers' matrices are trained by Muon (see `BesideMuon`), the rest by
+      what `optim` says.
     - a checkpoint appears complete or not at all (see `checkpoints.py`), and a run goes on from it to the same bits.
       `train(resume_from_checkpoint=True)` takes the newest valid one. A run that has finished is not trained further.
     - a NaN or infinite loss or gradient raises `TrainingDiverged` before the optimizer steps, or does what
