@@ -10,7 +10,7 @@ from hf_lm import HfLmConfig, HfLmForCausalLM, loss_hf_lm
 from hf_lm.cli import main
 from hf_lm.data.collator import PackedCollator
 from hf_lm.functional_hf_lm import HAS_VARLEN
-from hf_lm.training.hardware import fit_to_gpu
+from hf_lm.training.device_tuning import fit_to_gpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

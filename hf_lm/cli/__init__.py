@@ -15,7 +15,7 @@ import sys
 
 from .. import __version__
 from ..errors import one_line
-from ..training.synonyms import closest
+from ..synonyms import closest
 
 # command: (module in this folder, what it does)
 COMMANDS = {

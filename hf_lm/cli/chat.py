@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from ..evaluation.conversation import check_template, context_limit, fit_conversation
-    from ..inference import optimize_where_it_pays
+    from ..generation.conversation import check_template, context_limit, fit_conversation
+    from ..generation.packed import optimize_where_it_pays
 
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if not tokenizer.chat_template:

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
-from ..hub.files import is_missing_folder, outside_paths, read_json
+from ..files import read_json
+from ..interop.folders import is_missing_folder, outside_paths
 
 
 def require_model(path: str) -> str:
@@ -28,7 +29,7 @@ def require_model(path: str) -> str:
         raise InputError(f"{path}: the model folder names files outside of itself: {'; '.join(outside)}.")
     base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
     if base and not os.path.isdir(base):
-        from ..training.adapters import base_of
+        from ..interop.adapters import base_of
 
         if (found := base_of(path)) != base:
             raise InputError(
@@ -91,10 +92,10 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     import torch
     import transformers
 
+    from ..interop.adapters import check_base
     from ..interop.convert import readable
     from ..interop.heads import check_is_language_model
     from ..interop.weights import check_complete, check_files, check_index
-    from ..training.adapters import check_base
 
     if os.path.isdir(path):
         check_index(path)

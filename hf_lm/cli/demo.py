@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
     auto_class = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     model, tokenizer = load_model(arguments.model, auto_class, dtype=arguments.dtype), load_tokenizer(arguments.model)
-    from ..analysis.demo import build_demo
-    from ..evaluation.conversation import check_template
+    from ..generation.conversation import check_template
+    from ..serving.demo import build_demo
 
     check_template(tokenizer)
     page = build_demo(arguments.model, model, tokenizer)

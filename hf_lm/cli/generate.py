@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from ..evaluation.text import encode_prompt
-    from ..inference import optimize_where_it_pays
+    from ..generation.packed import optimize_where_it_pays
 
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     ids = encode_prompt(tokenizer, arguments.prompt)

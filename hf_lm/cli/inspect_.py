@@ -19,8 +19,8 @@ def run(arguments: argparse.Namespace) -> int:
     if page.is_dir() or not page.parent.is_dir():
         raise InputError(f"--html: {page} cannot be written; name a file in a folder that exists.")
     check_text(arguments.text, "--text")
-    from ..analysis.explain import inspect_text
-    from ..analysis.page import write_page
+    from ..reports.explain import inspect_text
+    from ..reports.page import write_page
 
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     data = inspect_text(model, tokenizer, arguments.text, arguments.target)

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     import hf_lm
 
     hf_lm.register_auto_classes()
-    from ..training.adapters import base_of, merge_adapter
+    from ..interop.adapters import base_of, merge_adapter
 
     own = any((Path(arguments.adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = load_tokenizer(arguments.adapter if own else arguments.base or base_of(arguments.adapter))

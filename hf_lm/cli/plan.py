@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     hf_lm.register_auto_classes()
     from transformers.utils import logging
 
-    from ..analysis import scaling
-    from ..analysis.plan import UTILIZATION, as_text, plan
+    from ..planning import scaling
+    from ..planning.plan import UTILIZATION, as_text, plan
     from ..training.arguments import parse_recipe
 
     logging.disable_progress_bar()

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     import uvicorn
 
-    from ..evaluation.conversation import check_template
+    from ..generation.conversation import check_template
     from ..serving import build_app
 
     check_template(tokenizer)

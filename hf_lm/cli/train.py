@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     hf_lm.register_auto_classes()
     from transformers.utils import logging
 
+    from ..app.run import Interrupted, train
     from ..training.arguments import parse_recipe
-    from ..training.run import Interrupted, train
 
     logging.disable_progress_bar()  # of each saved or loaded weight; the training keeps its own
     parsed = parse_recipe(arguments.config, arguments.overrides)

@@ -9,7 +9,7 @@ from ..errors import InputError
 class DataArguments:
     """Where the text comes from, what of it is held out, and how it is cut."""
 
-    task: str = field(default="causal-lm", metadata={"help": "what is trained: see hf_lm/training/tasks"})
+    task: str = field(default="causal-lm", metadata={"help": "what is trained: see hf_lm/tasks"})
     dataset_name: str | None = field(default=None, metadata={"help": "dataset of the Hub, or a local dataset folder"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
     train_file: list[str] | None = field(

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
+from ..hardware import assumed_watts
 
 NOT_MEASURED = {"en": "not measured", "zh": "未测量"}
 NOT_RECORDED = {"en": "not recorded", "zh": "未记录"}
@@ -98,10 +99,6 @@ RESULTS = {
     "self_ended": "share of answers that end by themselves",
 }
 WIDEST = 20  # confusion matrix that is shown, in labels; metrics.json holds any
-# Assumed power draw in watts, for the energy estimate: board power of accelerators, and of one busy CPU core with its
-# share of memory and board.
-WATTS = {"H100": 700, "H200": 700, "B200": 1000, "A100": 400, "L40": 300, "L4": 72, "T4": 70, "V100": 300}
-WATTS_PER_CPU_CORE = 10
 
 
 class Facts(dict):
@@ -162,16 +159,6 @@ def count_parameters(folder: Path) -> dict[str, int]:
                 parameters += count
                 embedding += count if "embed_tokens" in name or "lm_head" in name else 0
     return {"parameters": parameters, "embedding_parameters": embedding} if parameters else {}
-
-
-def assumed_watts(hardware: str | None) -> int | None:
-    """The power draw assumed for a hardware description such as "1x NVIDIA H100" or "AMD EPYC, 2 cores"; or None."""
-    for name, watts in WATTS.items():
-        if hardware and re.search(rf"\b{name}\b", hardware):
-            devices = re.search(r"(\d+)\s*[x×]", hardware)
-            return watts * int(devices[1] if devices else 1)
-    cores = re.search(r"(\d+)\s*(?:CPU\s*)?(?:cores?|threads?)\b", hardware or "", flags=re.IGNORECASE)
-    return WATTS_PER_CPU_CORE * int(cores[1]) if cores else None
 
 
 def compute_facts(metrics: dict, parameters: int | None) -> dict:

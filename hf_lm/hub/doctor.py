@@ -19,8 +19,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, one_line
+from ..files import as_table, library_is_silent, read_json
+from ..interop.folders import check_sizes, outside_paths
 from .card import USAGE, pipeline_tag_of
-from .files import as_table, check_sizes, library_is_silent, missing_code, outside_paths, pickles, read_json
+from .files import missing_code, pickles
 
 TOLERANCE = 1e-3  # largest difference of two ways to the same float32 logits, relative to the largest logit
 LENGTH = 12  # tokens of a test sequence

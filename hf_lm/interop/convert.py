@@ -27,9 +27,10 @@ from transformers import (
 from .. import modeling_hf_lm
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, culprit, one_line
-from ..hub.files import check_sizes, library_is_silent
+from ..files import library_is_silent
 from ..modeling_hf_lm import HfLmPreTrainedModel
 from .families import choose_family, read_config
+from .folders import check_sizes
 from .heads import HEADS, head_of
 from .parity import compare, rounded
 from .weights import check_loaded, gguf_head_dim, native_state_dict, source_config

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from ..errors import InputError
-from ..hub.files import as_table, read_json
+from ..files import as_table, read_json
 
 # end of the class's name: what such a model is
 HEADS = {

@@ -12,11 +12,11 @@ from transformers.utils import logging
 from ..configuration_hf_lm import HfLmConfig
 from ..data.arguments import DataArguments
 from ..errors import InputError, one_line
-from .hardware import device_type, has_fast_bfloat16
+from ..hardware import device_type, has_fast_bfloat16
+from ..synonyms import hint
 from .keys import ModelArguments, TrainingKeys, defaults_of_run
 from .metrics import decide_direction, greater_is_better
 from .recipe_file import Key, expand_path, read_recipe, read_words
-from .synonyms import hint
 from .verdicts import refuse_arguments
 
 logger = logging.get_logger(__name__)

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import Trainer, TrainingArguments
 
 from ..errors import InputError, explained
-from .hardware import has_fast_bfloat16
+from ..hardware import has_fast_bfloat16
 
 # Coefficients of the quintic Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

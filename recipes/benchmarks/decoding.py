@@ -30,7 +30,7 @@ def load(kind: str, folder: str, dtype):
     from transformers import LlamaForCausalLM
 
     from hf_lm import HfLmForCausalLM
-    from hf_lm.inference import optimize_for_inference
+    from hf_lm.generation.packed import optimize_for_inference
 
     model = (LlamaForCausalLM if kind == "upstream" else HfLmForCausalLM).from_pretrained(folder, dtype=dtype).eval()
     return optimize_for_inference(model, int8=kind == "int8") if kind in ("packed", "int8") else model
@@ -51,7 +51,7 @@ def read_speed() -> float:
 
 def weight_bytes(model) -> int:
     """Bytes of weights that a step reads: all matrices, tied ones once; of an optimized model those of its products."""
-    from hf_lm.inference import PackedLinear
+    from hf_lm.generation.packed import PackedLinear
 
     packed = [module.weight_bytes for module in model.modules() if isinstance(module, PackedLinear)]
     return sum(packed) or sum(p.numel() * p.element_size() for p in model.parameters())

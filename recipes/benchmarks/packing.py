@@ -27,8 +27,8 @@ GOAL = 2.5
 
 def prepare(rows: int, data_name: str):
     """A trainer of the recipe's model on the packed blocks of so many rows of the data of a recipe."""
+    from hf_lm.tasks import task_class
     from hf_lm.training.arguments import parse_recipe
-    from hf_lm.training.tasks import task_class
 
     data = RECIPE.with_name("data") / "help_en_de_zh.parquet"
     overrides = ["--train_file", str(data), "--max_train_samples", str(rows), "--max_eval_samples", "8"]
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
 
-    from hf_lm.training.hardware import keep_freed_memory
+    from hf_lm.hardware import keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)

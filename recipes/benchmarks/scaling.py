@@ -2,7 +2,7 @@
 Held-out bits per byte as a function of model size and training, for `hf-lm plan CONFIG.yaml --budget`:
 
     python recipes/benchmarks/scaling.py sweep            # trains the grid below; several at once share the work
-    python recipes/benchmarks/scaling.py fit              # the law's constants, for hf_lm/analysis/scaling.py
+    python recipes/benchmarks/scaling.py fit              # the law's constants, for hf_lm/planning/scaling.py
     python recipes/benchmarks/scaling.py check 60 120 300 # trains what the plan says for so many seconds
 
 The sweep is that of `recipes/addresses` with other sizes and steps, each run to the end of its own learning-rate schedule;
@@ -49,7 +49,7 @@ def train(overrides: list[str]) -> dict:
 
 def keys(size: int, layers: int, vocabulary: int, batch: int, tokens: int) -> list[str]:
     """One point of the grid as overrides of the recipe."""
-    from hf_lm.analysis.scaling import as_overrides
+    from hf_lm.planning.scaling import as_overrides
 
     fields = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["config_overrides"]
     return [
@@ -82,7 +82,7 @@ def fit() -> None:
     """The law nearest to the runs: Huber loss of the logarithms (as in arXiv:2203.15556), from several starts."""
     import torch
 
-    from hf_lm.analysis.scaling import START, Law, matrices
+    from hf_lm.planning.scaling import START, Law, matrices
 
     text = sum(len(row["text"].encode()) for row in documents()["train"])
     runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]

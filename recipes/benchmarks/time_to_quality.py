@@ -97,9 +97,10 @@ def measure(spec: dict) -> dict:
     from hf_lm.data.documents import load_documents
     from hf_lm.data.packing import pack_documents
     from hf_lm.evaluation.text import score_documents
+    from hf_lm.hardware import has_fast_bfloat16, keep_freed_memory
     from hf_lm.tokenization import train_tokenizer
     from hf_lm.training.arguments import HfLmTrainingArguments
-    from hf_lm.training.hardware import fit_to_cpu, has_fast_bfloat16, keep_freed_memory
+    from hf_lm.training.device_tuning import fit_to_cpu
     from hf_lm.training.trainer import HfLmTrainer
 
     kind, seed, seconds, fields = spec["kind"], spec["seed"], spec["seconds"], settings_of(spec["settings"])

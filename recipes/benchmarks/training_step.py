@@ -6,7 +6,7 @@ Tokens a second and peak memory of a training step, against the library's LlamaF
 
 The model is a Llama in both cases (the hf_lm side: `hf_lm` with that architecture), random weights in float32, bfloat16
 autocast as the Trainer does it with `bf16: true` (`--dtype float32` without), fused AdamW, one batch of random tokens,
-forward, backward, step. Upstream runs as it comes; hf_lm as `hf-lm train` sets it up (`hf_lm.training.hardware`; on a
+forward, backward, step. Upstream runs as it comes; hf_lm as `hf-lm train` sets it up (`hf_lm.training.device_tuning`; on a
 CPU: attention written out for short contexts in bfloat16, what is large and cheap computed twice, freed memory kept,
 the last two not where it is compiled, and the optimizer's states there from the beginning; on a GPU, compiled: norms
 and sums of the residual stream computed twice).
@@ -14,7 +14,7 @@ and sums of the residual stream computed twice).
 Every measurement is a process of its own, in the order A B A B ...; the peak is that of the private memory above what
 the process had before the model. Ratios are taken round by round; their median is printed. CPU seconds are given beside
 those of the clock, for other work on a shared machine stretches the latter; on a GPU of a known kind the model-FLOPs
-utilisation (`hf_lm.analysis.plan`).
+utilisation (`hf_lm.planning.plan`).
 """
 
 import argparse
@@ -32,9 +32,10 @@ from data_pipeline import PeakMemory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
-from hf_lm.analysis.plan import layer_matrices, model_flops_utilization
 from hf_lm.data.collator import PackedCollator
-from hf_lm.training.hardware import fit_to_cpu, fit_to_gpu, keep_freed_memory
+from hf_lm.hardware import keep_freed_memory
+from hf_lm.planning.plan import layer_matrices, model_flops_utilization
+from hf_lm.training.device_tuning import fit_to_cpu, fit_to_gpu
 from hf_lm.training.optimizers import MuonAdamW, lay_out_states
 
 GOAL = {"eager": 1.4, "compiled": 1.15, "memory at 49k": 0.6}

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import hf_lm  # noqa: F401  registers the architecture
-from hf_lm.training.hardware import device_type, has_fast_bfloat16
-from hf_lm.training.tasks.chat import use_chat_template
+from hf_lm.hardware import device_type, has_fast_bfloat16
+from hf_lm.tasks.chat import use_chat_template
 
 DATA = Path(__file__).parent / "data" / "train.jsonl"
 

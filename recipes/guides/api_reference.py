@@ -14,11 +14,11 @@ from hf_lm.cli import COMMANDS
 
 # What people call; the rest of the package may change.
 MODULES = (
-    "tokenization", "data.documents", "data.packing", "data.examples", "training.run", "training.trainer",
-    "training.optimizers", "training.adapters", "training.tasks.base", "evaluation.text", "evaluation.sentences",
+    "tokenization", "data.documents", "data.packing", "data.examples", "app.run", "training.trainer",
+    "training.optimizers", "interop.adapters", "tasks.base", "evaluation.text", "evaluation.sentences",
     "evaluation.quality", "evaluation.probe", "evaluation.metrics.bits_per_byte", "evaluation.metrics.perplexity",
-    "evaluation.metrics.classification", "evaluation.translation", "evaluation.conversation", "analysis.explain",
-    "analysis.plan", "analysis.forecast", "analysis.report",
+    "evaluation.metrics.classification", "evaluation.translation", "generation.conversation", "reports.explain",
+    "planning.plan", "planning.forecast", "reports.report",
     "interop.convert", "interop.gguf", "hub.card", "hub.doctor", "hub.push",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
-from hf_lm.evaluation.conversation import fit_conversation
+from hf_lm.generation.conversation import fit_conversation
 from hf_lm.tokenization import train_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

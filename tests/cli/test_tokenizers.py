@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
-from hf_lm.evaluation.conversation import first_answers
 from hf_lm.evaluation.text import encode_prompt, score_documents, without_ending
+from hf_lm.generation.conversation import first_answers
 from hf_lm.hub.doctor import examine
 from hf_lm.tokenization import train_tokenizer
 

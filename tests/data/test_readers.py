@@ -19,10 +19,10 @@ from hf_lm.data.arguments import DataArguments
 from hf_lm.data.documents import data_sha256, describe_split, hold_out, load_documents, load_rows
 from hf_lm.data.packing import pack_documents
 from hf_lm.errors import InputError
+from hf_lm.tasks import task_class
+from hf_lm.tasks.classification import hold_out_by_label
 from hf_lm.tokenization import train_tokenizer
 from hf_lm.training.arguments import ModelArguments
-from hf_lm.training.tasks import task_class
-from hf_lm.training.tasks.classification import hold_out_by_label
 
 
 def write(path, rows: list[dict]) -> str:

@@ -24,9 +24,9 @@ def batches_of(files: list[str], skip: int, count: int) -> list[list[int]]:
 
     from hf_lm import HfLmConfig, HfLmForCausalLM
     from hf_lm.data.arguments import DataArguments
+    from hf_lm.tasks.language_modeling import LanguageModeling
     from hf_lm.tokenization import train_tokenizer
     from hf_lm.training.arguments import HfLmTrainingArguments, ModelArguments
-    from hf_lm.training.tasks.language_modeling import LanguageModeling
     from hf_lm.training.trainer import HfLmTrainer
 
     torch.set_num_threads(1)

@@ -135,7 +135,7 @@ def load_everything() -> None:
     for module in [f"hf_lm.cli.{module}" for module, _ in COMMANDS.values()] + [
         "datasets.packaged_modules.json.json", "datasets.packaged_modules.csv.csv", "pandas", "pyarrow.parquet",
         "datasets.packaged_modules.parquet.parquet", "hf_lm.evaluation.text", "hf_lm.evaluation.sentences",
-        "hf_lm.training.run", "hf_lm.training.tasks.language_modeling", "hf_lm.interop.convert", "hf_lm.hub.doctor", "matplotlib.font_manager",
+        "hf_lm.app.run", "hf_lm.tasks.language_modeling", "hf_lm.interop.convert", "hf_lm.hub.doctor", "matplotlib.font_manager",
         "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "PIL.PngImagePlugin",
         "hf_lm.hub.push", "transformers.models.llama.modeling_llama", "transformers.generation",
         "transformers.models.auto.tokenization_auto", "tensorboard.summary.writer.event_file_writer",

@@ -10,9 +10,10 @@ from real_checkpoint import smollm2_folder, smollm2_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from hf_lm import HfLmForCausalLM, inference
+from hf_lm import HfLmForCausalLM
 from hf_lm.cli import main
 from hf_lm.evaluation.text import score_documents
+from hf_lm.generation import packed
 
 pytestmark = pytest.mark.slow
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
@@ -52,14 +53,14 @@ def test_it_chats_through_its_template(source, imported):
     assert answer == chat(source, AutoTokenizer.from_pretrained(source))
 
 
-@pytest.mark.parametrize("vnni", sorted({False, inference.HAS_VNNI}))
+@pytest.mark.parametrize("vnni", sorted({False, packed.HAS_VNNI}))
 def test_eight_bits_raise_bits_per_byte_by_less_than_one_percent(imported, vnni, monkeypatch):
     monkeypatch.setattr(inference, "HAS_VNNI", vnni)
     text = (Path(__file__).parents[2] / "recipes/moby_dick/data/moby_dick.txt").read_text()[:12_000]
     tokenizer = AutoTokenizer.from_pretrained(imported)
     model = HfLmForCausalLM.from_pretrained(imported, dtype=torch.float32).eval()
     want = score_documents(model, tokenizer, [text], 512).summary()["bits_per_byte"]
-    got = score_documents(inference.optimize_for_inference(model, int8=True), tokenizer, [text], 512).summary()
+    got = score_documents(packed.optimize_for_inference(model, int8=True), tokenizer, [text], 512).summary()
     assert 0 < got["bits_per_byte"] / want - 1 < 0.01  # measured: 0.0061, and 0.0060 without VNNI
 
 

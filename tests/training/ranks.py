@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "hf_lm.training.run", "hf_lm.training.tasks.language_modeling"])
+_context.set_forkserver_preload(["torch", "hf_lm.app.run", "hf_lm.tasks.language_modeling"])
 
 
 def _rank(function: Callable, connection, environment: dict[str, str], arguments: tuple) -> None:

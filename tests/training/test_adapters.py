@@ -12,8 +12,8 @@ from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
 from hf_lm.cli.common import require_model
 from hf_lm.errors import InputError
+from hf_lm.interop.adapters import base_of
 from hf_lm.tokenization import train_tokenizer
-from hf_lm.training.adapters import base_of
 
 pytestmark = pytest.mark.slow  # needs peft, which the long tests install
 

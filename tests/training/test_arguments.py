@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_lm.app.artifacts import recipe_of, write_recipe
 from hf_lm.errors import InputError
 from hf_lm.training.arguments import parse_recipe
-from hf_lm.training.artifacts import recipe_of, write_recipe
 
 
 @pytest.fixture

@@ -18,15 +18,15 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_lm.app.run import train
 from hf_lm.cli import main
 from hf_lm.data.packing import IGNORED
 from hf_lm.errors import InputError
+from hf_lm.interop.adapters import merge_adapter
+from hf_lm.tasks import task_class
+from hf_lm.tasks.chat import mark_assistant, use_chat_template
 from hf_lm.tokenization import train_tokenizer
-from hf_lm.training.adapters import merge_adapter
 from hf_lm.training.arguments import parse_recipe
-from hf_lm.training.run import train
-from hf_lm.training.tasks import task_class
-from hf_lm.training.tasks.chat import mark_assistant, use_chat_template
 
 PAIRS = [("Who are you?", "Call me Ishmael."), ("What is the sea?", "A hill of water."), ("And the whale?", "White.")]
 

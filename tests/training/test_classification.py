@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.trainer_callback import TrainerState
 
 from hf_lm import HfLmForCausalLM, HfLmForSequenceClassification
+from hf_lm.app.run import train
 from hf_lm.cli import main
 from hf_lm.errors import InputError
+from hf_lm.tasks import task_class
 from hf_lm.training.arguments import parse_recipe
-from hf_lm.training.run import train
-from hf_lm.training.tasks import task_class
 
 TASKS = ("sequence-classification", "label-likelihood")
 

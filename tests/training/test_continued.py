@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_lm.app.run import train
 from hf_lm.errors import InputError
 from hf_lm.training.arguments import parse_recipe
-from hf_lm.training.run import train
 
 POEMS = "春风得意马蹄疾，一日看尽长安花。\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n" * 40
 
@@ -52,7 +52,7 @@ def test_a_new_language_is_learned_and_the_old_one_measured(recipe, tmp_path, ba
 
 
 def test_new_embeddings_start_as_the_mean_of_what_they_replace(recipe, tmp_path, base):
-    from hf_lm.training.tasks import task_class
+    from hf_lm.tasks import task_class
 
     model_arguments, data, training = continued(recipe, tmp_path, base)
     model_arguments.config_overrides = None
@@ -78,7 +78,7 @@ def test_mistakes_are_named(recipe, tmp_path, base):
 
 @pytest.mark.slow
 def test_replayed_text_is_mixed_in(recipe, tmp_path, base):
-    from hf_lm.training.tasks import task_class
+    from hf_lm.tasks import task_class
 
     def blocks(**changes):
         keys = continued(recipe, tmp_path, base, **changes)

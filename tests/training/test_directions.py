@@ -9,13 +9,13 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_lm import HfLmForCausalLM
+from hf_lm.app.run import train
 from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
+from hf_lm.tasks import TASKS, task_class
 from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
 from hf_lm.training.callbacks import end_workers
 from hf_lm.training.metrics import greater_is_better, is_known
-from hf_lm.training.run import train
-from hf_lm.training.tasks import TASKS, task_class
 from hf_lm.training.trainer import HfLmTrainer
 
 SHORT = {"report_to": "none", "sample_prompts": None, "max_steps": 2, "eval_steps": 2, "save_strategy": "no", "block_size": 64}  # fmt: skip

@@ -26,7 +26,7 @@ from hf_lm.training.checkpoints import ASIDE
 
 KILLS, IN_A_ROW = 10, 5  # of each case, at least; of one run, at most
 PRELOADED = [
-    "hf_lm.cli.train", "hf_lm.training.run", "hf_lm.training.tasks.language_modeling", "hf_lm.hub.card",
+    "hf_lm.cli.train", "hf_lm.app.run", "hf_lm.tasks.language_modeling", "hf_lm.hub.card",
     "matplotlib.pyplot", "transformers.models.auto.modeling_auto", "torch.distributed", "datasets", "accelerate",
     "transformers.integrations", "torch._dynamo", "killed_run",
 ]  # fmt: skip

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from hf_lm.app.run import train
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.training.arguments import parse_recipe
-from hf_lm.training.run import train
 
 
 def run(path: str, *overrides: str) -> dict:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from hf_lm import HfLmForCausalLM
+from hf_lm.app.run import train
 from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
 from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
@@ -25,7 +26,6 @@ from hf_lm.training.checkpoints import (
     rotate,
     seal,
 )
-from hf_lm.training.run import train
 from hf_lm.training.trainer import HfLmTrainer
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_lm.app.run import Interrupted, train
 from hf_lm.training.arguments import parse_recipe
 from hf_lm.training.callbacks import InterruptCallback
 from hf_lm.training.checkpoints import damage
-from hf_lm.training.run import Interrupted, train
 
 
 def start(*command: str, **options) -> subprocess.Popen:

@@ -15,14 +15,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.app.run import train
 from hf_lm.cli import main
 from hf_lm.data.packing import IGNORED
 from hf_lm.errors import InputError
 from hf_lm.evaluation.translation import choose_pair, encode_sources, pairs_of, score_translations, translate
+from hf_lm.tasks import task_class
 from hf_lm.tokenization import train_tokenizer
 from hf_lm.training.arguments import parse_recipe
-from hf_lm.training.run import train
-from hf_lm.training.tasks import task_class
 
 PAIRS = ["en-de", "de-en", "en-zh", "zh-en"]
 SHORT = [

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from hf_lm.app.run import train
 from hf_lm.training.arguments import HfLmTrainingArguments, keep_best_by_default, parse_recipe
 from hf_lm.training.callbacks import explosion, overfitting
-from hf_lm.training.run import train
 
 
 def log(losses=(), held_out=()) -> list[dict]:

@@ -1,1 +1,0 @@
-"""What a model does with a text, seen from inside."""

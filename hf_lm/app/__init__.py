@@ -1,0 +1,1 @@
+"""What a training run is put together from, and what it leaves behind."""

@@ -1,0 +1,1 @@
+"""Write text with a model: prompts, conversations, translations, weights packed for a CPU."""

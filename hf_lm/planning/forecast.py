@@ -1,0 +1,223 @@
+"""What a run will take on this machine, time and memory, from a few of its own steps before the first one counts."""
+
+import copy
+import math
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import numpy as np
+import psutil
+import torch
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
+
+from ..hardware import peak_memory
+from ..training.callbacks import continue_prompts
+
+WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
+SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
+SAVE_SECONDS, SAVED_BYTES_PER_SECOND = 0.15, 2.5e8  # of a checkpoint with its hashes
+HEAP_GROWTH = 1.3  # of memory in a run that trains and evaluates by turns: what is free falls to pieces
+
+
+@contextmanager
+def _memory_watched() -> Iterator[list[int]]:
+    """Memory of the process at the start of the block, and the most that it has inside of it, bytes."""
+    process, over = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss] * 2
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            seen[1] = max(seen[1], process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _mean(times: list[float]) -> float:
+    """Seconds between two times."""
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+class _Stopwatch(TrainerCallback):
+    """Ends training when enough steps have been timed; a first one that compiles does not count."""
+
+    def __init__(self, seconds: float, compiles: bool = False):
+        self.seconds, self.compiles, self.trainer = seconds, compiles, None
+        # The clock and the trainer's tokens, at the start and after each step.
+        self.marks: list[tuple[float, int]] = []
+
+    def _mark(self, device: torch.device) -> None:
+        self.marks.append((_now(device), self.trainer.train_tokens))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._mark(args.device)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.compiles:
+            self.compiles, self.marks = False, []
+        self._mark(args.device)
+        steps, seconds = len(self.marks) - 1, self.marks[-1][0] - self.marks[0][0]
+        enough = steps >= 2 * WARM_UP + SHARE * state.max_steps
+        late = seconds > self.seconds and (steps >= 3 or seconds > 10 * self.seconds)  # the first two are slower
+        control.should_training_stop |= enough or late
+
+    def seconds_per_token(self) -> float:
+        """Without the first few steps. (An epoch's last step may be shorter: steps are not alike, tokens are.)"""
+        (start, before), (end, after) = self.marks[min(WARM_UP, len(self.marks) - 2)], self.marks[-1]
+        return (end - start) / (after - before)
+
+
+def _keeps_graph(trainer) -> bool:
+    """Whether the run goes on with the compiled model of its forecast."""
+    return trainer.args.torch_compile and not trainer.is_sharded
+
+
+@contextmanager
+def _nothing_changes(trainer) -> Iterator[None]:
+    """
+    Random numbers, and the model's mode and forward (which training wraps in autocast), are afterwards as before. The
+    forward of a compiled model stays.
+    """
+    model, device, python, numpy = trainer.model, trainer.args.device, random.getstate(), np.random.get_state()
+    own, training, use_cache = dict(model.__dict__), model.training, model.config.use_cache
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if not _keeps_graph(trainer):
+            model.__dict__.clear()
+            model.__dict__.update(own)
+        model.train(training).zero_grad(set_to_none=True)
+        model.config.use_cache = use_cache
+
+
+def _twin(trainer, watch: _Stopwatch):
+    """A trainer like this one, of the same model, whose learning rates are 0: its steps leave the weights as they are."""
+    twin = copy.copy(trainer)
+    twin.args = arguments = copy.copy(trainer.args)
+    arguments.learning_rate, arguments.on_divergence, arguments.max_divergences = 0.0, "skip", sys.maxsize
+    arguments.muon_learning_rate = None if arguments.muon_learning_rate is None else 0.0
+    arguments.eval_strategy = arguments.save_strategy = arguments.logging_strategy = "no"
+    arguments.load_best_model_at_end = arguments.eval_on_start = arguments.push_to_hub = False
+    flow = [DefaultFlowCallback(), watch]
+    twin.callback_handler = CallbackHandler(flow, trainer.model, trainer.processing_class, None, None)
+    twin.watch, twin._losses, twin.train_tokens = type(trainer.watch)(twin), [], 0
+    watch.trainer = twin
+    return twin
+
+
+def _step_costs(twin, watch: _Stopwatch) -> dict:
+    twin.train()
+    state = [value for values in twin.optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    stored = sum(tensor.nbytes for tensor in [*state, *twin.model.parameters()])
+    tokens = twin.train_tokens / twin.state.global_step
+    costs = {
+        "steps": twin.state.max_steps,
+        "tokens": tokens,
+        "step": tokens * watch.seconds_per_token(),
+        "save": SAVE_SECONDS + stored / SAVED_BYTES_PER_SECOND,
+    }
+    if twin.args.train_sampling_strategy == "group_by_length":  # which starts with the longest
+        rows = twin.train_dataset.select(range(0, len(twin.train_dataset), max(1, len(twin.train_dataset) // 1000)))
+        size = twin.args.train_batch_size * twin.args.gradient_accumulation_steps
+        usual = size * sum(map(len, rows["input_ids"])) / len(rows)
+        costs |= {"tokens": usual, "step": costs["step"] * usual / costs["tokens"]}
+    return costs
+
+
+def _evaluation_seconds(twin, batches: int) -> float:
+    """Of all rows held out, from so many batches of rows that are taken at even distances: they may be sorted."""
+    rows, size = twin.eval_dataset, batches * twin.args.eval_batch_size
+    some, times = rows.select(range(0, len(rows), max(1, len(rows) // size))), [_now(twin.args.device)]
+    twin.model.eval()
+    for batch in islice(twin.get_eval_dataloader(some), batches):
+        twin.prediction_step(twin.model, batch, prediction_loss_only=False)
+        times.append(_now(twin.args.device))
+    return _mean(times) * math.ceil(len(rows) / twin.args.eval_batch_size)
+
+
+def _sample_seconds(twin, tokens: int = 12) -> float:
+    if not twin.args.sample_prompts:
+        return 0.0
+    times, whole = [], twin.args.sample_tokens
+    for twin.args.sample_tokens in (1, tokens):  # the first is not counted
+        times = [_now(twin.args.device)]
+        continue_prompts(twin)
+        times.append(_now(twin.args.device))
+    return _mean(times) * whole / tokens
+
+
+def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
+    """
+    What the run of a trainer that has not started will take on this machine, if it goes to its last step.
+
+    Real steps of it are timed: its model, data, autocast, optimizer and loop. They have the run's own peak of memory.
+
+    Args:
+        elapsed: seconds that the run has taken already.
+        seconds: how long to measure; of slow steps three, in up to ten times as long.
+
+    Returns:
+        `train_seconds` (with evaluations, samples and checkpoints on the way) and `trained_seconds` (with what came
+        before, too), until the end of training, before the model is tested; `peak_memory_bytes` until then;
+        `tokens_per_second` of the steps alone; and `costs`, the seconds of one `step`, `evaluation`, round of `samples`
+        and `save`, with the run's `steps` and the `tokens` of one.
+    """
+    start, arguments, watch = time.perf_counter(), trainer.args, _Stopwatch(seconds, trainer.args.torch_compile)
+    looks, growth = trainer.eval_dataset is not None and arguments.eval_strategy != "no", 1.0
+    with _nothing_changes(trainer), _memory_watched() as memory:
+        twin = _twin(trainer, watch)
+        costs = _step_costs(twin, watch) | {"evaluation": 0.0, "samples": 0.0}
+        if looks:  # by turns with training, as in the run: what one frees the other cannot always use
+            for batches in (1, 2):
+                costs["evaluation"] = _evaluation_seconds(twin, batches)
+                watch.marks, watch.seconds = [], 0.0
+                twin.train()
+            costs["samples"], growth = _sample_seconds(twin), HEAP_GROWTH
+    if _keeps_graph(trainer):
+        trainer.model_wrapped = twin.model_wrapped
+    peak = max(peak_memory(), memory[0] + int(growth * (memory[1] - memory[0])))
+    steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
+    epochs, every = arguments.num_train_epochs, twin.state.eval_steps
+    times = {"steps": steps // every if every else 0, "epoch": epochs}.get(arguments.eval_strategy, 0)
+    saves = {"steps": -(-steps // twin.state.save_steps), "epoch": epochs}.get(arguments.save_strategy, 0)
+    train_seconds = steps * costs["step"] + times * looking + saves * costs["save"]
+    result = {
+        "train_seconds": train_seconds,
+        "trained_seconds": elapsed + time.perf_counter() - start + train_seconds,
+        "peak_memory_bytes": peak,
+        "tokens_per_second": costs["tokens"] / costs["step"],
+        "costs": costs,
+    }
+    if arguments.device.type == "cuda":
+        result["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return result
+
+
+def in_words(costs: dict, predicted: dict | None = None) -> str:
+    """Time until a model is trained, and memory; with what was predicted, how far that was off."""
+    values = []
+    for key, unit, name in (("trained_seconds", 1, "s"), ("peak_memory_bytes", 1e9, "GB")):
+        off = f" ({100 * (costs[key] / predicted[key] - 1):+.0f}%)" if predicted else ""
+        values.append(f"{costs[key] / unit:,.{0 if unit == 1 else 2}f} {name}{off}")
+    return ", ".join(values)

@@ -1,0 +1,1 @@
+"""Pages for people: how a run went, what a model does inside."""

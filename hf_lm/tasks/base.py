@@ -1,0 +1,234 @@
+"""What all tasks share: a tokenizer, blocks, a model, a trainer; named, or new."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ..configuration_hf_lm import HfLmConfig
+from ..data.arguments import DataArguments
+from ..data.collator import PackedCollator
+from ..data.documents import load_rows
+from ..errors import InputError, explained
+from ..interop.adapters import add_adapter
+from ..interop.convert import load_tokenizer, readable
+from ..interop.folders import is_missing_folder
+from ..modeling_hf_lm import HfLmForCausalLM
+from ..synonyms import FIELDS, closest
+from ..tokenization import extend_tokenizer, train_tokenizer
+from ..training.arguments import HfLmTrainingArguments, ModelArguments, keep_best_by_default
+from ..training.device_tuning import fit_to_cpu, fit_to_gpu
+from ..training.metrics import BITS_PER_BYTE, LANGUAGE_MODELING, WholeSet, require_reported
+from ..training.trainer import HfLmTrainer
+
+
+@torch.no_grad()
+def add_embeddings(model: torch.nn.Module, count: int, stands_for: list[list[int]]) -> None:
+    """
+    Enlarge the embedding (and the head) to `count` tokens.
+
+    Args:
+        stands_for: the old tokens that each of the first new ones replaces; it starts as their mean. The rest starts as
+            the library has it: drawn around the mean of all (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    old = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(count)
+    head = model.get_output_embeddings()
+    for layer in (model.get_input_embeddings(), head):
+        for number, parts in enumerate(stands_for if layer is not None else []):
+            layer.weight[old + number] = layer.weight[parts].mean(dim=0)
+
+
+class Task(ABC):
+    """
+    From a recipe to a trainer that is ready to run. A task overrides what differs.
+
+    Attributes:
+        auto_class: loads an existing checkpoint.
+        model_class: makes a new model.
+        compute_metrics: the trainer's; None for loss, perplexity and bits per byte.
+        row_likelihoods: the trainer's: what `compute_metrics` gets.
+        reported: names of the metrics of an evaluation, each of which `training.metrics` has.
+    """
+
+    auto_class = AutoModelForCausalLM
+    model_class = HfLmForCausalLM
+    peft_task_type = "CAUSAL_LM"
+    compute_metrics = None
+    row_likelihoods = False
+    reported = LANGUAGE_MODELING + BITS_PER_BYTE
+
+    def __init__(self, model: ModelArguments, data: DataArguments, training: HfLmTrainingArguments):
+        self.model_arguments, self.data_arguments, self.training_arguments = model, data, training
+        for key in ("model_name_or_path", "tokenizer_name"):
+            name = getattr(model, key)
+            if name is not None and is_missing_folder(name, training.output_dir):
+                raise InputError(f"{key}: {name}: no such folder (a model of the Hub is named owner/name).")
+        self.stands_for: list[list[int]] = []  # for each token added to a tokenizer: the old ones it replaces
+
+    def load(self) -> dict[str, Dataset | IterableDataset]:
+        """Rows of `"train"`, `"validation"` and `"test"`, checked: an `InputError` names the missing column."""
+        return load_rows(self.data_arguments)
+
+    @abstractmethod
+    def texts(self, rows) -> Iterator[str]:
+        """What a new tokenizer learns from."""
+
+    def build_tokenizer(self, rows):
+        """The named tokenizer, the checkpoint's, or a new one trained on the rows."""
+        arguments = self.model_arguments
+        name = arguments.tokenizer_name or arguments.model_name_or_path
+        if name is None:
+            if arguments.extend_vocab_size is not None:
+                raise InputError("extend_vocab_size: needs a model_name_or_path whose tokenizer is extended.")
+            return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=arguments.tokenizer_kind)
+        with readable(name):
+            tokenizer = load_tokenizer(name)
+        if tokenizer is None:
+            key = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
+            where = "" if os.path.isdir(name) else ": there is no such folder, and the Hub has none or is out of reach"
+            raise InputError(f"{key}: {name} has no tokenizer{where}.")
+        if arguments.extend_vocab_size is not None:
+            tokenizer, self.stands_for = extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
+        return tokenizer
+
+    @abstractmethod
+    def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
+        """Rows of tokens for the collator, from rows of the data."""
+
+    def collator(self, tokenizer):
+        """What makes batches of encoded rows."""
+        arguments, data = self.training_arguments, self.data_arguments
+        whole = arguments.torch_compile and data.packing  # one length, so one graph
+        return PackedCollator(
+            tokenizer.pad_token_id,
+            lengths=arguments.device.type == "cuda",
+            pad_to_multiple_of=data.block_size if whole else 1,
+        )
+
+    def config_fields(self, tokenizer) -> dict:
+        """Fields of a new model's configuration, and of a loaded one's, that the task decides."""
+        return {}
+
+    def generation_defaults(self) -> dict:
+        """How a new model generates unless told otherwise."""
+        return {
+            "do_sample": True,
+            "temperature": 0.8,
+            "top_p": 0.95,
+            "max_new_tokens": min(256, self.data_arguments.block_size),
+        }
+
+    def build_model(self, tokenizer) -> torch.nn.Module:
+        """A new model that fits the tokenizer, or the named checkpoint with its configuration overridden."""
+        arguments, attention = self.model_arguments, self.model_arguments.attn_implementation
+        fields = self.config_fields(tokenizer) | arguments.config_fields()
+        if (name := arguments.model_name_or_path) is not None:
+            with readable(name):
+                config = getattr(self.auto_class, "config_class", AutoConfig).from_pretrained(name)
+                for field, value in fields.items():
+                    setattr(config, field, value)
+                model = self.auto_class.from_pretrained(
+                    name, config=config, attn_implementation=attention, dtype=torch.float32
+                )
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                if arguments.use_peft:
+                    raise InputError(
+                        "use_peft: the tokenizer has new tokens, which an adapter cannot hold; train all weights."
+                    )
+                add_embeddings(model, len(tokenizer), self.stands_for)
+            return model
+        known = HfLmConfig.__dataclass_fields__
+        if unknown := sorted(set(arguments.config_fields()) - set(known)):
+            close = closest(unknown[0], known, FIELDS)
+            meant = f"; did you mean {close!r}?" if close else "."
+            raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}{meant}")
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": self.data_arguments.block_size}
+        with explained("config_overrides"):
+            config = HfLmConfig(attn_implementation=attention, **(sizes | special | fields))
+        model = self.model_class(config)
+        if model.can_generate():
+            special = {name: getattr(config, name) for name in special}
+            model.generation_config = GenerationConfig(**self.generation_defaults(), **special)
+        return model
+
+    def fit_to_cpu(self, model: torch.nn.Module) -> None:
+        """`hardware.fit_to_cpu`, as the recipe asks for it."""
+        arguments = self.training_arguments
+        fit_to_cpu(
+            model,
+            arguments.per_device_train_batch_size,
+            self.data_arguments.block_size,
+            arguments.bf16,
+            attention=self.model_arguments.attn_implementation is None,
+            recompute=not (arguments.gradient_checkpointing or arguments.torch_compile),
+        )
+
+    def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
+        """Tokenizer, data and model in a trainer that is ready to run, or to go on from a checkpoint."""
+        arguments = self.training_arguments
+        if self.data_arguments.streaming and arguments.train_sampling_strategy == "group_by_length":
+            raise InputError(
+                "train_sampling_strategy: group_by_length needs the lengths of all rows; a stream has none."
+            )
+        if arguments.eval_strategy != "no":
+            require_reported(arguments.metric_for_best_model, self.reported)
+        with arguments.main_process_first(desc="data"):  # the others read its cache
+            self.rows = self.load()
+            tokenizer = (
+                AutoTokenizer.from_pretrained(checkpoint) if checkpoint else self.build_tokenizer(self.rows["train"])
+            )
+            encoded = {
+                split: self.encode(rows, tokenizer, split) for split, rows in self.rows.items() if split != "test"
+            }
+        if isinstance(encoded["train"], IterableDataset) and self.data_arguments.shuffle_buffer_size:
+            size = self.data_arguments.shuffle_buffer_size
+            encoded["train"] = encoded["train"].shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=size)
+        model = self.build_model(tokenizer)
+        if (limit := getattr(model.config, "max_position_embeddings", None)) is not None:  # where pipelines truncate
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        if arguments.device.type == "cpu":
+            self.fit_to_cpu(model)
+        else:
+            attention = self.model_arguments.attn_implementation is None
+            recompute = arguments.torch_compile and not arguments.gradient_checkpointing
+            fit_to_gpu(model, arguments.bf16 or arguments.fp16, attention, recompute)
+        if self.model_arguments.use_peft:
+            model = add_adapter(model, self.model_arguments, self.peft_task_type)
+        evaluation = encoded.get("validation")
+        if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
+            evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
+        if evaluation is None:
+            arguments.eval_strategy = "no"
+        keep_best_by_default(arguments, len(encoded["train"]) if isinstance(encoded["train"], Dataset) else None)
+        if arguments.early_stopping_patience is not None and arguments.eval_strategy == "no":
+            raise InputError("early_stopping_patience: needs held-out data and an eval_strategy, steps or epoch.")
+        return HfLmTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=encoded["train"],
+            eval_dataset=evaluation,
+            data_collator=self.collator(tokenizer),
+            compute_metrics=self.compute_metrics and WholeSet(self.compute_metrics),
+            row_likelihoods=self.row_likelihoods,
+            processing_class=tokenizer,
+        )
+
+    def scores(self, trainer: HfLmTrainer) -> dict:
+        """The numbers on what was held out, for metrics.json; main ones first."""
+        if trainer.eval_dataset is None:
+            return {}
+        held_out = trainer.held_out_scores()
+        names = ("bits_per_byte", "perplexity", "loss", "tokens")
+        numbers = {name if name[0] in "bp" else f"eval_{name}": held_out[f"eval_{name}"] for name in names}
+        interval = [held_out["eval_bits_per_byte_low"], held_out["eval_bits_per_byte_high"]]
+        return {**numbers, "bits_per_byte_interval": interval}
+
+    def summary(self, metrics: dict) -> str:
+        """The main number, for the line that a person reads at the end."""
+        bits = metrics.get("bits_per_byte")
+        return "" if bits is None else f"{bits:.3f} bits per byte held out"
