@@ -11,9 +11,9 @@ from transformers import DynamicCache
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.errors import InputError
-from hf_lm.generation import packed
 from hf_lm.generation.packed import (
     HAS_FBGEMM,
+    HAS_VNNI,
     PackedLinear,
     PackedRMSNorm,
     append,
@@ -183,10 +183,10 @@ def scaled_rows(rows: int, width: int) -> torch.Tensor:
     return torch.randn(rows, 1, width) * torch.logspace(-3, 3, rows)[:, None, None]
 
 
-@pytest.mark.parametrize("vnni", sorted({False, packed.HAS_VNNI}))
+@pytest.mark.parametrize("vnni", sorted({False, HAS_VNNI}))
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_eight_bit_products_round_each_row_by_its_own_numbers(monkeypatch, rows, vnni):
-    monkeypatch.setattr(packed, "HAS_VNNI", vnni)
+    monkeypatch.setattr("hf_lm.generation.packed.HAS_VNNI", vnni)
     layer, x, residual = torch.nn.Linear(400, 240), scaled_rows(rows, 400), torch.randn(rows, 1, 240)
     packed = PackedLinear(layer, bits=8)
     assert packed.weight_bytes == (1 if HAS_FBGEMM else 4) * layer.weight.numel()
@@ -240,7 +240,7 @@ def test_weights_beyond_the_range_of_sixteen_bits_keep_theirs():
 
 @pytest.mark.parametrize("vnni", [False, True])
 def test_without_vnni_the_second_projections_of_mlps_keep_sixteen_bits(monkeypatch, vnni):
-    monkeypatch.setattr(packed, "HAS_VNNI", vnni)
+    monkeypatch.setattr("hf_lm.generation.packed.HAS_VNNI", vnni)
     _, optimized = pair("llama", int8=True)
     bits = {name: module.in_int8 for name, module in optimized.named_modules() if isinstance(module, PackedLinear)}
     assert bits == {name: HAS_FBGEMM and (vnni or not name.endswith("down_proj")) for name in bits}

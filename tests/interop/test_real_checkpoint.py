@@ -55,7 +55,7 @@ def test_it_chats_through_its_template(source, imported):
 
 @pytest.mark.parametrize("vnni", sorted({False, packed.HAS_VNNI}))
 def test_eight_bits_raise_bits_per_byte_by_less_than_one_percent(imported, vnni, monkeypatch):
-    monkeypatch.setattr(inference, "HAS_VNNI", vnni)
+    monkeypatch.setattr(packed, "HAS_VNNI", vnni)
     text = (Path(__file__).parents[2] / "recipes/moby_dick/data/moby_dick.txt").read_text()[:12_000]
     tokenizer = AutoTokenizer.from_pretrained(imported)
     model = HfLmForCausalLM.from_pretrained(imported, dtype=torch.float32).eval()
