@@ -3,12 +3,9 @@ The one exception that means: the user can mend this; and how an error is said o
 so everything may use it.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from pathlib import Path
 
 LONGEST = 700  # characters of a line that names an error
 
@@ -47,28 +44,3 @@ def explained(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{where}: {one_line(error)}") from error
-
-
-def culprit(path: Path, build: Callable[[dict], object]) -> str | None:
-    """What is wrong with a JSON file: what `build(content)` raises, and the entry without which it does not; or None."""
-
-    def failure(fields: dict) -> str | None:
-        try:
-            build(deepcopy(fields))
-        except Exception as error:
-            return one_line(error)
-        return None
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{path}: not a valid JSON file: {one_line(error)}"
-    if not isinstance(content, dict):
-        return f"{path}: must hold an object {{...}}, got {type(content).__name__}."
-    if (reason := failure(content)) is None:
-        return None
-    others = ({name: content[name] for name in content if name != key} for key in content)
-    key = next((key for key, rest in zip(content, others, strict=True) if failure(rest) is None), "")
-    return f"{path}: {reason}" if key in reason else f"{path}: {key} is {content[key]!r:.80}: {reason}"

@@ -26,8 +26,8 @@ from transformers import (
 
 from .. import modeling_hf_lm
 from ..configuration_hf_lm import HfLmConfig
-from ..errors import InputError, culprit, one_line
-from ..files import library_is_silent
+from ..errors import InputError, one_line
+from ..files import culprit, library_is_silent
 from ..modeling_hf_lm import HfLmPreTrainedModel
 from .families import choose_family, read_config
 from .folders import check_sizes
