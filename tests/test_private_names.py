@@ -1,0 +1,174 @@
+"""
+Private names of other libraries: one list with the reason for each. A release that removes one fails here, by name.
+
+To add a use: look for a public way first, then add a row. To remove one: delete its row, or its file from the row.
+"""
+
+import importlib.util
+
+import pytest
+from helpers.private_names import exists, private_names
+
+# What these libraries document or expect of those who write a model class, a metric or a dataset builder.
+CONVENTIONS = {
+    "_attn_implementation", "_can_compile_fullgraph", "_can_record_outputs", "_fsdp_plan", "_init_weights",
+    "_no_split_modules", "_pp_plan", "_skip_keys_device_placement", "_supports_attention_backend",
+    "_supports_flash_attn", "_supports_flex_attn", "_supports_sdpa", "_tied_weights_keys", "_tp_plan",
+    "_compute", "_generate_tables", "_info", "_split_generators",
+}  # fmt: skip
+TRAINER = "transformers.Trainer."
+# name: (files in hf_lm/, why it is used, the public way that is missing)
+PRIVATE = {
+    "datasets.Dataset._fingerprint": (
+        "data/cache.py data/documents.py data/packing.py",
+        "names the cache of what is made from a dataset",
+        "a public fingerprint of a dataset",
+    ),
+    "torch._C.DisableTorchFunctionSubclass": (
+        "generation/packed.py", "skips Python dispatch on each token", "no public switch"
+    ),
+    "torch._C._are_functorch_transforms_active": (
+        "functional_hf_lm.py",
+        "torch.func cannot differentiate the hand-written backward",
+        "a predicate for active transforms",
+    ),
+    "torch._C._autograd._get_current_graph_task_keep_graph": (
+        "loss_hf_lm.py",
+        "frees the saved gradient unless retain_graph",
+        "a way to ask for retain_graph",
+    ),
+    "torch._dynamo.exc": ("loss_hf_lm.py", "names the error of a failed compilation", "a public exception"),
+    "torch._subclasses.fake_tensor": (
+        "modeling_hf_lm.py planning/plan.py",
+        "runs a model without memory, and recognizes such a run",
+        "a public FakeTensorMode",
+    ),
+    "torch.UntypedStorage._cdata": ("planning/plan.py", "identity of a storage", "data_ptr() of a fake tensor is 0"),
+    "torch._foreach_add_": ("training/optimizers.py", "one call for all matrices", "public foreach operators"),
+    "torch._foreach_lerp": ("training/optimizers.py", "one call for all matrices", "public foreach operators"),
+    "torch._foreach_lerp_": ("training/optimizers.py", "one call for all matrices", "public foreach operators"),
+    "torch._foreach_mul_": ("training/optimizers.py", "one call for all matrices", "public foreach operators"),
+    "torch.autograd.forward_ad._current_level": (
+        "functional_hf_lm.py",
+        "forward-mode derivatives cannot pass the hand-written backward",
+        "a predicate for forward mode",
+    ),
+    "torch.compiler._is_exporting_flag": (
+        "functional_hf_lm.py",
+        "torch 2.9 has no torch.compiler.is_exporting",
+        "public since torch 2.10",
+    ),
+    "torch.cpu._is_vnni_supported": ("generation/packed.py", "picks the 8-bit kernel", "public CPU capabilities"),
+    "torch.nn.Module._forward_hooks": ("modeling_hf_lm.py", "a hooked head must be called", "a list of hooks"),
+    "torch.nn.Module._forward_pre_hooks": ("modeling_hf_lm.py", "a hooked head must be called", "a list of hooks"),
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": (
+        "training/device_tuning.py",
+        "its output is saved for backward",
+        "operators of attention with a public tag",
+    ),
+    "torch.ops.aten._to_copy": (
+        "planning/plan.py training/device_tuning.py", "what `.to()` records", "a public name of the operator"
+    ),
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": (
+        "generation/packed.py", "picks the matmul kernel", "public CPU capabilities"
+    ),
+    "torch.ops.mkldnn._linear_pointwise": ("generation/packed.py", "matmul on a prepacked weight", "public prepacking"),
+    "torch.ops.mkldnn._nbytes": ("generation/packed.py", "size of a prepacked weight", "public prepacking"),
+    "torch.ops.mkldnn._reorder_linear_weight": ("generation/packed.py", "weight prepacking", "public prepacking"),
+    "torch.utils._python_dispatch": ("planning/plan.py", "counts what a step stores", "a public dispatch mode"),
+    "torch.utils._pytree": ("planning/plan.py", "maps over an operator's arguments", "a public pytree"),
+    "torch.utils.data.DataLoader._iterator": (
+        "training/callbacks.py", "ends persistent workers", "a method that ends workers"
+    ),
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers": (
+        "training/callbacks.py",
+        "ends persistent workers",
+        "a method that ends workers",
+    ),
+    "transformers.PreTrainedModel._auto_class": (
+        "configuration_hf_lm.py modeling_hf_lm.py",
+        "saves an adapter's folder without the code files",
+        "an option of save_pretrained",
+    ),
+    "transformers.PreTrainedModel._from_config": ("planning/plan.py", "heads without an Auto class", "from_config"),
+    "transformers.GenerationMixin._get_logits_processor": (
+        "serving/engine.py", "sampling in the server's own loop", "a public builder of processors"
+    ),
+    "transformers.PreTrainedModel._hf_peft_config_loaded": (
+        "interop/weights.py", "tells an adapter's files", "a public predicate"
+    ),
+    "transformers.PreTrainedModel._load_pretrained_model": (
+        "interop/weights.py", "checks the weights that were found", "a hook between loading and reporting"
+    ),
+    "transformers.PreTrainedModel._loss_function": ("modeling_hf_lm.py", "a loss set by the user wins", "a getter"),
+    "transformers.GenerationMixin._prepare_special_tokens": (
+        "serving/engine.py", "sampling in the server's own loop", "a public builder of processors"
+    ),
+    "transformers.core_model_loading._weight_conversions": (
+        "interop/convert.py interop/weights.py",
+        "names of the other family when loading and saving",
+        "conversions as an argument",
+    ),
+    "transformers.PreTrainedTokenizerFast._tokenizer": (
+        "interop/convert.py tokenization.py", "replaces the tokenizer behind the class", "a setter"
+    ),
+    f"{TRAINER}_determine_best_metric": ("training/trainer.py", "names an unknown metric", "a check before training"),
+    f"{TRAINER}_eval_dataloaders": ("training/trainer.py", "ends the workers of evaluation", "a public cache"),
+    f"{TRAINER}_evaluate": ("training/trainer.py", "names an unknown metric", "a check before training"),
+    f"{TRAINER}_finalize_training": ("training/trainer.py", "waits for the checkpoint's thread", "an earlier hook"),
+    f"{TRAINER}_get_dataloader": ("training/trainer.py", "streams, sizes of evaluation batches", "get_*_dataloader"),
+    f"{TRAINER}_get_eval_sampler": ("training/trainer.py", "evaluates in order", "an argument"),
+    f"{TRAINER}_get_output_dir": ("training/trainer.py", "writes checkpoints into a temporary folder", "a hook"),
+    f"{TRAINER}_globalstep_last_logged": ("training/trainer.py", "keeps the mean loss right", "a hook"),
+    f"{TRAINER}_issue_warnings_after_load": ("training/trainer.py", "tied weights are not missing", "a fix upstream"),
+    f"{TRAINER}_load_from_checkpoint": ("training/trainer.py", "rollback", "a public way to load a checkpoint"),
+    f"{TRAINER}_load_optimizer_and_scheduler": ("training/trainer.py", "rollback", "a public way to load"),
+    f"{TRAINER}_prepare_inputs": ("training/trainer.py", "moves a batch to the device", "a public method"),
+    f"{TRAINER}_push_from_checkpoint": ("training/trainer.py", "pushes after the commit", "on_push_begin"),
+    f"{TRAINER}_run_epoch": ("training/trainer.py", "seeds the sampler by length", "a seed of the sampler"),
+    f"{TRAINER}_save": ("training/trainer.py", "gathered tied weights are saved once", "a fix upstream"),
+    f"{TRAINER}_save_checkpoint": ("training/trainer.py", "complete or not at all", "on_save"),
+    f"{TRAINER}_set_signature_columns_if_needed": ("training/trainer.py", "keeps a column", "an argument"),
+    f"{TRAINER}_signature_columns": ("training/trainer.py", "keeps a column", "an argument"),
+    f"{TRAINER}_tr_loss": ("training/trainer.py", "keeps a skipped batch out of the mean loss", "a hook"),
+    f"{TRAINER}_train_batch_size": ("training/divergence.py", "describes the batch", "state.train_batch_size"),
+}  # fmt: skip
+
+
+def private_parts(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.startswith("_")]
+
+
+def test_the_list_is_what_the_package_uses():
+    rows = [(file, private_parts(name)) for name, row in PRIVATE.items() for file in row[0].split()]
+    used = {(file, name) for file, name in private_names() if name not in CONVENTIONS}
+    missing = used - {(file, part) for file, parts in rows for part in parts}
+    stale = {(file, parts[-1]) for file, parts in rows} - used
+    assert not missing, f"used but not listed (look for a public way first): {sorted(missing)}"
+    assert not stale, f"listed but no longer used (delete the rows): {sorted(stale)}"
+
+
+def test_each_row_says_why_and_what_is_missing():
+    assert all(len(row) == 3 and all(row) for row in PRIVATE.values())
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_the_installed_release_has_it(name: str):
+    if importlib.util.find_spec(name.split(".")[0]) is None:
+        pytest.skip("not installed")
+    files, reason, _ = PRIVATE[name]
+    assert exists(name), f"this release has removed {name}, which hf_lm/{files} uses: {reason}"
+
+
+def test_a_removed_name_is_noticed():
+    assert not exists("transformers.Trainer._not_there") and not exists("torch._not_there.at_all")
+
+
+@pytest.mark.xfail(strict=True, reason="uses are being removed")
+def test_the_list_is_short():
+    assert len(PRIVATE) <= 20
+
+
+@pytest.mark.xfail(strict=True, reason="uses are being removed")
+def test_few_are_of_the_trainer():
+    assert sum(name.startswith(TRAINER) for name in PRIVATE) <= 5
