@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -79,28 +80,35 @@ def memory_of(device: torch.device) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-# Assumed power draw in watts, for the energy estimate: board power of accelerators, and of one busy CPU core with its
-# share of memory and board.
-WATTS = {"H100": 700, "H200": 700, "B200": 1000, "A100": 400, "L40": 300, "L4": 72, "T4": 70, "V100": 300}
+@dataclass(frozen=True)
+class Device:
+    """An accelerator by its data sheet: memory (bytes), peak of dense bfloat16 matmuls (1/s), board power (W)."""
+
+    watts: int
+    memory: float | None = None
+    peak_flops: float | None = None
 
 
-WATTS_PER_CPU_CORE = 10
+# By the name that the driver's description of the device holds. SXM models where there are several.
+DEVICES = {
+    "H100": Device(700, 80e9, 989e12),
+    "H200": Device(700, 141e9, 989e12),
+    "B200": Device(1000),
+    "A100": Device(400, 80e9, 312e12),
+    "4090": Device(450, 24e9, 165e12),
+    "L40": Device(300),
+    "L4": Device(72),
+    "T4": Device(70),
+    "V100": Device(300),
+}
+WATTS_PER_CPU_CORE = 10  # assumed, of one busy core with its share of memory and board
 
 
 def assumed_watts(hardware: str | None) -> int | None:
     """The power draw assumed for a hardware description such as "1x NVIDIA H100" or "AMD EPYC, 2 cores"; or None."""
-    for name, watts in WATTS.items():
+    for name, device in DEVICES.items():
         if hardware and re.search(rf"\b{name}\b", hardware):
             devices = re.search(r"(\d+)\s*[x×]", hardware)
-            return watts * int(devices[1] if devices else 1)
+            return device.watts * int(devices[1] if devices else 1)
     cores = re.search(r"(\d+)\s*(?:CPU\s*)?(?:cores?|threads?)\b", hardware or "", flags=re.IGNORECASE)
     return WATTS_PER_CPU_CORE * int(cores[1]) if cores else None
-
-
-# Memory (bytes), peak of dense bfloat16 products (1/s), power (W, TDP): data sheets of the SXM models and the RTX 4090.
-HARDWARE = {
-    "H100": (80e9, 989e12, WATTS["H100"]),
-    "H200": (141e9, 989e12, WATTS["H200"]),
-    "A100": (80e9, 312e12, WATTS["A100"]),
-    "4090": (24e9, 165e12, 450),
-}

@@ -6,7 +6,6 @@ For other machines nothing is allocated: the model is built of fake tensors, whi
 
 import logging
 import math
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,11 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import decoder_layers
+from ..anatomy import decoder_layers, flops_per_token, layer_matrices, parameters_by_part
 from ..errors import InputError, one_line
-from ..hardware import HARDWARE, assumed_watts, describe_hardware, has_fast_bfloat16, memory_of
+from ..hardware import DEVICES, assumed_watts, describe_hardware, has_fast_bfloat16, memory_of
 from ..interop.adapters import add_adapter
 from ..loss_hf_lm import slice_shape
 from ..tasks import task_class
@@ -35,66 +33,22 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (Chinchilla, arXiv:2203.15556)
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # its traceback: what fails is said
 # Whether weights, gradients and optimizer state are divided among the devices.
 STRATEGIES = {"DDP": (0, 0, 0), "ZeRO-1": (0, 0, 1), "ZeRO-2": (0, 1, 1), "FSDP2, ZeRO-3": (1, 1, 1)}
-PARTS = {  # of parameters: the first whose pattern is in the name
-    "norms": r"norm|(^|\.)ln_",
-    "head": r"(^|\.)(lm_head|score|embed_out)\.",
-    "embedding": r"embed|\.wte\.|\.wpe\.",
-    "attention": r"\.(self_)?att(n|ention)\.",
-    "mlp": r"\.(mlp|feed_forward)\.",
-    "other": "",
-}
-
-
-def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """The number of parameters of each kind; of tied ones only one is counted."""
-    parts = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += parameter.numel()
-    return {part: count for part, count in parts.items() if count}
-
-
-def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What Muon trains, if it is asked for."""
-    return [parameter for parameter in decoder_layers(model).parameters() if parameter.ndim == 2]
 
 
 def flops_by_part(
     model: nn.Module, context: int, muon_batch: int | None = None, muon_half: bool = True
 ) -> dict[str, float]:
     """
-    Floating-point operations of a training step for each token: the matrix products, as `torch.utils.flop_counter`
-    counts them: of forward and backward, three times the forward's (twice, where weights are not learned). Attention is
-    counted in full, as if it were not causal: `2 * 2 * context * heads * head_dim` for scores and values.
+    `flops_per_token`, and the operations of the optimizer.
 
     Args:
         context: tokens of a sequence.
         muon_batch: with Muon, tokens of a step, over which its Newton-Schulz iterations are spread.
         muon_half: these are in 16 bits.
     """
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings() if model.can_generate() else getattr(model, "score", None)
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     sizes = [sorted(parameter.shape) for parameter in layer_matrices(model)] if muon_batch else []
-    return {
-        "matrices": sum((6.0 if of.weight.requires_grad else 4.0) * of.weight.numel() for of in linear),
-        "attention": 12.0 * context * width * config.num_hidden_layers,
-        "head": 6.0 * head.weight.numel() if model.can_generate() else 0.0,  # of a classifier: one token of a text
-        "optimizer": sum(newton_schulz_flops(*size, muon_half) for size in sizes) / (muon_batch or 1),
-    }
-
-
-def model_flops_utilization(
-    model: nn.Module, context: int, tokens_per_second: float, device: torch.device, devices: int = 1
-) -> float | None:
-    """
-    The share of the peak of all devices that the model's own operations take (`flops_by_part` without the optimizer;
-    MFU, arXiv:2204.02311, appendix B): nothing computed twice counts. None where the peak is not known (`HARDWARE`).
-    """
-    name = describe_hardware(device) if device.type == "cuda" else ""
-    peak = next((peak for kind, (_, peak, _) in HARDWARE.items() if kind in name), None)
-    return peak and tokens_per_second * sum(flops_by_part(model, context).values()) / (peak * devices)
+    of_optimizer = sum(newton_schulz_flops(*size, muon_half) for size in sizes) / (muon_batch or 1)
+    return flops_per_token(model, context) | {"optimizer": of_optimizer}
 
 
 class _KeptOutputs(TorchDispatchMode):
@@ -325,14 +279,15 @@ def plan(
     of the recipe on one device, divided among all.
 
     Args:
-        hardware: a key of `HARDWARE`, or `"this"`.
+        hardware: a key of `DEVICES` with a known peak, or `"this"`.
         price: of a device for an hour, in any currency.
 
     Raises:
         InputError: unknown hardware, no device, or something is wrong with the recipe or its data.
     """
-    if hardware != "this" and hardware not in HARDWARE:
-        raise InputError(f"--hardware: must be one of {', '.join(HARDWARE)}, this; got {hardware!r}.")
+    known = [name for name, one in DEVICES.items() if one.peak_flops and one.memory]
+    if hardware != "this" and hardware not in known:
+        raise InputError(f"--hardware: must be one of {', '.join(known)}, this; got {hardware!r}.")
     if gpus < 1 or (hardware == "this" and gpus > 1):
         raise InputError(f"--gpus: must be at least 1, and more only with other --hardware, got {gpus}.")
     if not 0 < utilization <= 1:
@@ -350,7 +305,8 @@ def plan(
         steps, step_tokens = measured["costs"]["steps"], measured["costs"]["tokens"]
         memory, peak, watts = memory_of(arguments.device), None, assumed_watts(describe_hardware(arguments.device))
     else:
-        device, (memory, peak, watts), rows = "cuda", HARDWARE[hardware], task.load()
+        other, device, rows = DEVICES[hardware], "cuda", task.load()
+        memory, peak, watts = other.memory, other.peak_flops, other.watts
         arguments.bf16, model_arguments.attn_implementation = True, model_arguments.attn_implementation or "sdpa"
         tokenizer = task.build_tokenizer(rows["train"])
         if steps <= 0:

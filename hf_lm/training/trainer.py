@@ -276,7 +276,7 @@ class HfLmTrainer(Trainer):
 
     def utilization(self, tokens_per_second: float) -> float | None:
         """Model-FLOPs utilisation of all devices at such a speed; None where their peak is not known."""
-        from ..planning.plan import model_flops_utilization  # here, since it imports this package
+        from ..anatomy import model_flops_utilization  # here, since it imports this package
 
         devices = self.args.world_size
         return model_flops_utilization(self.model, self._length, tokens_per_second, self.args.device, devices)

@@ -32,9 +32,9 @@ from data_pipeline import PeakMemory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.anatomy import layer_matrices, model_flops_utilization
 from hf_lm.data.collator import PackedCollator
 from hf_lm.hardware import keep_freed_memory
-from hf_lm.planning.plan import layer_matrices, model_flops_utilization
 from hf_lm.training.device_tuning import fit_to_cpu, fit_to_gpu
 from hf_lm.training.optimizers import MuonAdamW, lay_out_states
 

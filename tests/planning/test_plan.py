@@ -24,18 +24,12 @@ from transformers import (
 )
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, train_tokenizer
+from hf_lm.anatomy import model_flops_utilization, parameters_by_part
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.hardware import has_fast_bfloat16
 from hf_lm.planning import forecast
-from hf_lm.planning.plan import (
-    activation_bytes,
-    flops_by_part,
-    memory_by_part,
-    memory_by_strategy,
-    model_flops_utilization,
-    parameters_by_part,
-)
+from hf_lm.planning.plan import activation_bytes, flops_by_part, memory_by_part, memory_by_strategy
 from hf_lm.training import device_tuning
 from hf_lm.training.optimizers import MuonAdamW
 
@@ -71,7 +65,7 @@ def test_operations_are_those_that_torch_counts(build):
 
 def test_utilization_is_the_models_own_operations_over_the_peak_of_known_devices(monkeypatch):
     model, gpu, name = tiny(), torch.device("cuda"), "NVIDIA H200"
-    monkeypatch.setattr("hf_lm.planning.plan.describe_hardware", lambda device: name)
+    monkeypatch.setattr("hf_lm.anatomy.describe_hardware", lambda device: name)
     share = model_flops_utilization(model, 32, 1e9, gpu, devices=2)
     assert share == pytest.approx(1e9 * sum(flops_by_part(model, 32).values()) / (2 * 989e12))
     assert model_flops_utilization(model, 32, 1e9, torch.device("cpu")) is None
