@@ -86,7 +86,7 @@ def scores(folder, tasks, capsys) -> dict:
 
 
 def test_smollm2_scores_the_same_as_hf_lm_and_as_llama(tasks, tmp_path, capsys):
-    from real_checkpoint import smollm2_folder
+    from helpers.real_checkpoint import smollm2_folder
 
     source = smollm2_folder()
     assert main(["import", str(source), str(tmp_path / "ours"), "--dtype", "float32"]) == 0

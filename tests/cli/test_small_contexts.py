@@ -4,33 +4,27 @@ import io
 import re
 
 import pytest
-import torch
+from helpers.models import book_tokenizer, save_small_model
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
 from hf_lm.generation.conversation import fit_conversation
-from hf_lm.tokenization import train_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, moby_dick) -> dict[int, str]:
+def folders(tmp_path_factory) -> dict[int, str]:
     """A model for each number of tokens it takes."""
-    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
+    tokenizer = book_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|en-de|>"]})
-    paths = {}
-    for limit in (16, 200):
-        torch.manual_seed(0)
-        config = HfLmConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, zero_init_residual=False,
-            max_position_embeddings=limit, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        )  # fmt: skip
-        paths[limit] = str(tmp_path_factory.mktemp(f"model{limit}"))
-        HfLmForCausalLM(config).save_pretrained(paths[limit])
-        tokenizer.save_pretrained(paths[limit])
-    return paths
+    sizes = {"num_hidden_layers": 1, "initializer_range": 0.02}
+    return {
+        limit: save_small_model(
+            tmp_path_factory.mktemp(f"model{limit}"), tokenizer, max_position_embeddings=limit, **sizes
+        )
+        for limit in (16, 200)
+    }
 
 
 def typed(monkeypatch, data: bytes) -> None:

@@ -4,34 +4,26 @@ import io
 import json
 
 import pytest
-import torch
+from helpers.models import book_tokenizer, small_model
 from tokenizers import processors
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm import HfLmForCausalLM
 from hf_lm.cli import main
 from hf_lm.evaluation.text import encode_prompt, score_documents, without_ending
 from hf_lm.generation.conversation import first_answers
 from hf_lm.hub.doctor import examine
-from hf_lm.tokenization import train_tokenizer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 TEMPLATE = "{% for message in messages %}<|bos|>{{ message['content'] }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, moby_dick):
+def folders(tmp_path_factory):
     """The same model with each tokenizer, by what its post-processor adds."""
-    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
+    tokenizer = book_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = HfLmConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2,
-        zero_init_residual=False, max_position_embeddings=64, **special,
-    )  # fmt: skip
-    model = HfLmForCausalLM(config)
-    model.generation_config = GenerationConfig(**special)
+    model = small_model(tokenizer)
     paths = {}
     for around in (f"{BOS} $A", f"{BOS} $A {EOS}", f"$A {EOS}"):
         paths[around] = tmp_path_factory.mktemp("model")

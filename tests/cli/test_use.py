@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
+from helpers.models import book_tokenizer, save_small_model
 from safetensors.torch import save_file
-from transformers import GenerationConfig
 
 from hf_lm import (
     HfLmConfig,
@@ -19,25 +19,12 @@ from hf_lm import (
     HfLmForTokenClassification,
 )
 from hf_lm.cli import COMMANDS, main
-from hf_lm.tokenization import train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, moby_dick) -> str:
+def folder(tmp_path_factory) -> str:
     """A small model with its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
-    torch.manual_seed(0)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = HfLmConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2,
-        zero_init_residual=False, max_position_embeddings=64, **special,
-    )  # fmt: skip
-    model = HfLmForCausalLM(config)
-    model.generation_config = GenerationConfig(**special)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save_small_model(tmp_path_factory.mktemp("model"), book_tokenizer())
 
 
 def output_of(capsys, *words: str) -> str:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
+from helpers.models import book_tokenizer, save_small_model
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
-from hf_lm.tokenization import train_tokenizer
+from hf_lm import HfLmForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -15,8 +15,8 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer(moby_dick):
-    tokenizer = train_tokenizer([moby_dick[:50_000]], 400)
+def tokenizer():
+    tokenizer = book_tokenizer(400)
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -24,14 +24,8 @@ def tokenizer(moby_dick):
 @pytest.fixture
 def model(tokenizer, tmp_path):
     """Saved and loaded, since TRL loads its reference model from where the model came from."""
-    torch.manual_seed(0)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = HfLmConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **special
-    )
-    HfLmForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return HfLmForCausalLM.from_pretrained(tmp_path / "model")
+    changes = {"max_position_embeddings": 1024, "zero_init_residual": True, "initializer_range": 0.02}
+    return HfLmForCausalLM.from_pretrained(save_small_model(tmp_path / "model", tokenizer, **changes))
 
 
 def settings(config_class, folder, **keys):

@@ -1,25 +1,17 @@
 """A small model with its tokenizer, as objects and as a folder."""
 
 import pytest
-import torch
-
-from hf_lm import HfLmConfig, HfLmForCausalLM
-from hf_lm.tokenization import train_tokenizer
+from helpers.models import book_tokenizer, small_model
 
 
 @pytest.fixture(scope="session")
-def tokenizer(moby_dick):
-    return train_tokenizer([moby_dick[:50_000]], 300)
+def tokenizer():
+    return book_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = HfLmConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2,
-        zero_init_residual=False, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return HfLmForCausalLM(config).eval()
+    return small_model(tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.models import book_tokenizer
 
 from hf_lm.data.packing import encode_documents
 from hf_lm.errors import InputError
@@ -53,7 +54,7 @@ def test_a_stride_scores_the_same_tokens_with_more_context(model, tokenizer, mob
 def test_tokenizers_without_a_prefix_are_scored_from_their_eos(model, tokenizer, moby_dick):
     from transformers import PreTrainedTokenizerFast
 
-    backend = train_tokenizer([moby_dick[:50_000]], 300).backend_tokenizer
+    backend = book_tokenizer().backend_tokenizer
     backend.post_processor = None
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>")
     text = moby_dick[:300]
@@ -141,7 +142,6 @@ def test_documents_add_up_to_the_whole_and_the_worst_comes_first(model, tokenize
 
 
 def test_models_with_other_tokenizers_are_compared_on_the_same_pieces(model, tokenizer, moby_dick):
-    from hf_lm.tokenization import train_tokenizer
 
     text = [moby_dick[:6000], "Ein Wal ist kein Fisch. \N{WHALE} 鲸鱼不是鱼。" * 9]
     bytewise = train_tokenizer([], kind="byte")

@@ -86,7 +86,7 @@ def run_bash(text: str) -> None:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder that looks like a fresh clone in which the default recipe has run, and a cache that holds SmolLM2."""
-    from real_checkpoint import smollm2_folder
+    from helpers.real_checkpoint import smollm2_folder
 
     folder = tmp_path_factory.mktemp("clone")
     for path in REPOSITORY.iterdir():

@@ -1,12 +1,11 @@
 """The real SmolLM2-135M-Instruct goes in and comes back."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from real_checkpoint import smollm2_folder, smollm2_gguf
+from helpers.real_checkpoint import smollm2_folder, smollm2_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -74,19 +73,18 @@ def test_it_comes_back_bit_for_bit(source, imported, tmp_path):
         assert (source / name).read_text() == (tmp_path / "back" / name).read_text(), name
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
 def test_exported_gguf_answers_the_same_in_llama_cpp(imported, dtype, tmp_path):
-    import llama_cpp
-
+    llama_cpp = pytest.importorskip("xllamacpp")
     assert main(["export", str(imported), str(tmp_path / "gguf"), "--to", "gguf", "--dtype", dtype]) == 0
-    program = llama_cpp.Llama(str(tmp_path / "gguf" / "model.gguf"), n_ctx=256, n_threads=1, verbose=False)
+    params = llama_cpp.CommonParams()
+    params.model.path, params.n_ctx = str(tmp_path / "gguf" / "model.gguf"), 256
+    params.warmup, params.cpuparams.n_threads = False, 1
+    server = llama_cpp.Server(params)
     tokenizer = AutoTokenizer.from_pretrained(imported)
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
-    generated = program.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
-    tokens = [next(generated) for _ in range(GREEDY["max_new_tokens"])]
-    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
-    assert tokenizer.decode(tokens[:end]) == chat(imported, tokenizer)
+    answer = server.handle_completions({"prompt": ids, "n_predict": GREEDY["max_new_tokens"], "temperature": 0})
+    assert answer["choices"][0]["text"] == chat(imported, tokenizer)
 
 
 def test_gguf_file_is_read_as_it_is_and_written_again(tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from browser import CONTRAST, WIDTHS, found_on
+from helpers.browser import CONTRAST, WIDTHS, found_on
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from browser import CONTRAST, WIDTHS, found_on
+from helpers.browser import CONTRAST, WIDTHS, found_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_lm.cli import main

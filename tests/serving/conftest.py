@@ -6,12 +6,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import torch
 import uvicorn
+from helpers.models import book_tokenizer, small_model
 
-from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.serving import build_app
-from hf_lm.tokenization import train_tokenizer
 
 CONTEXT = 1024
 TEMPLATE = (
@@ -21,16 +19,14 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def tokenizer(moby_dick):
-    return train_tokenizer([moby_dick[:50_000]], 300)
+def tokenizer():
+    return book_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "zero_init_residual": False}
-    config = HfLmConfig(vocab_size=300, max_position_embeddings=CONTEXT, pad_token_id=tokenizer.pad_token_id, **sizes)
-    return HfLmForCausalLM(config).eval()  # without an eos: answers are as long as they may be
+    free = {"bos_token_id": None, "eos_token_id": None}  # without an eos, answers are as long as they may be
+    return small_model(tokenizer, max_position_embeddings=CONTEXT, initializer_range=0.02, **free)
 
 
 @contextmanager

@@ -9,43 +9,36 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-import torch
-from browser import CONTRAST, FLAGS, browser
+from helpers.browser import CONTRAST, FLAGS, browser
+from helpers.models import book_tokenizer, save_small_model
 
-from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmForSequenceClassification
-from hf_lm.tokenization import train_tokenizer
+from hf_lm import HfLmForSequenceClassification
 
 pytestmark = pytest.mark.slow
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def small(cls, folder, tokenizer, **settings):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "zero_init_residual": False}
-    ids = {"pad_token_id": tokenizer.pad_token_id}  # without an eos: answers are as long as they may be
-    cls(
-        HfLmConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **ids, **sizes, **settings)
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+# Without an eos, answers are as long as they may be.
+SETTINGS = {"hidden_size": 64, "max_position_embeddings": 512, "initializer_range": 0.02, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory, moby_dick):
+def talker(tmp_path_factory):
     """A model that generates, chats and translates."""
-    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
+    tokenizer = book_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|en-de|>"]}, replace_extra_special_tokens=False)
-    return small(HfLmForCausalLM, tmp_path_factory.mktemp("talker"), tokenizer)
+    return Path(save_small_model(tmp_path_factory.mktemp("talker"), tokenizer, **SETTINGS))
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory, moby_dick):
-    tokenizer = train_tokenizer([moby_dick[:50_000]], 300)
+def classifier(tmp_path_factory):
     labels = {"id2label": {0: "sea", 1: "land"}, "label2id": {"sea": 0, "land": 1}}
-    return small(HfLmForSequenceClassification, tmp_path_factory.mktemp("classifier"), tokenizer, **labels)
+    folder = tmp_path_factory.mktemp("classifier")
+    return Path(save_small_model(folder, book_tokenizer(), HfLmForSequenceClassification, **SETTINGS, **labels))
 
 
 class Page:

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.models import book_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
@@ -13,7 +14,6 @@ from hf_lm.cli import main
 from hf_lm.cli.common import require_model
 from hf_lm.errors import InputError
 from hf_lm.interop.adapters import base_of
-from hf_lm.tokenization import train_tokenizer
 
 pytestmark = pytest.mark.slow  # needs peft, which the long tests install
 
@@ -117,8 +117,8 @@ def test_a_mixture_of_adapters_is_trained(tmp_path, model_class):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(moby_dick):
-    return train_tokenizer([moby_dick[:50_000]], 300)
+def tokenizer():
+    return book_tokenizer()
 
 
 @pytest.fixture(params=["tied", "untied"])
