@@ -39,7 +39,7 @@ PRIVATE = {
     ),
     "torch._dynamo.exc": ("loss_hf_lm.py", "names the error of a failed compilation", "a public exception"),
     "torch._subclasses.fake_tensor": (
-        "modeling_hf_lm.py planning/plan.py",
+        "anatomy.py modeling_hf_lm.py planning/plan.py",
         "runs a model without memory, and recognizes such a run",
         "a public FakeTensorMode",
     ),
