@@ -34,10 +34,12 @@ def register_auto_classes() -> None:
     """
     import transformers
 
+    from . import kernels
     from . import modeling_hf_lm as modeling
     from .configuration_hf_lm import HfLmConfig
     from .interop.weights import install
 
+    kernels.enable()
     install()
     transformers.AutoConfig.register(HfLmConfig.model_type, HfLmConfig, exist_ok=True)
     HfLmConfig.register_for_auto_class("AutoConfig")

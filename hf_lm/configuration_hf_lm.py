@@ -30,7 +30,6 @@ AUTO_MAP = {
 # finds them by a pattern, in strings as well: the config of a model from the Hub has all files at hand to save them.
 IMPORTED_LATER = """
 from .functional_hf_lm import check_ids
-from .loss_hf_lm import linear_cross_entropy
 from .modeling_hf_lm import HfLmModel
 """
 
@@ -49,29 +48,23 @@ def add_default_adapter_targets() -> None:
 @strict
 class HfLmConfig(PreTrainedConfig):
     r"""
-    Configuration of an hf_lm model. One decoder, many families: every field below exists because at least one family
-    of published checkpoints (named in brackets) or a measured gain in from-scratch training needs it. The defaults
-    are the from-scratch model of `recipes/moby_dick`. What they gain, in bits per byte after 400 steps of it, stands with
-    them ("gain"; three seeds, p < 0.05 unless said, `recipes/benchmarks/defaults.py`).
+    Configuration of an hf_lm model. One decoder, many families: every field exists because at least one family of
+    published checkpoints (named in brackets) or a measured gain in from-scratch training needs it. The defaults are the
+    from-scratch model of `recipes/moby_dick`; `recipes/benchmarks` has what each of them gains.
 
-    Sizes:
-        vocab_size (`int`): number of rows of the embedding matrix.
-        hidden_size (`int`): width of the residual stream.
+    Sizes (`vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads` are as in Llama's configuration):
         intermediate_size (`int`, *optional*): width of the MLP; default `4 * hidden_size` for a plain MLP, two thirds
             of that for a gated one (the same number of parameters), rounded up to a multiple of 32.
-        num_hidden_layers (`int`): number of decoder layers.
-        num_attention_heads (`int`): number of query heads.
-        num_key_value_heads (`int`, *optional*): number of key/value heads (grouped-query attention,
-            arXiv:2305.13245); default: as many as query heads.
-        head_dim (`int`, *optional*): width of one head; default `hidden_size // num_attention_heads`
-            [free in Qwen3, Mistral, Gemma].
+        num_key_value_heads (`int`, *optional*): key/value heads of grouped-query attention (arXiv:2305.13245);
+            default: as many as query heads.
+        head_dim (`int`, *optional*): width of one head; default `hidden_size // num_attention_heads`.
         max_position_embeddings (`int`): longest sequence the model was made for, in tokens.
 
     Attention:
         attention_bias (`bool`): bias on the query, key and value projections [Qwen2, StableLM, Phi, GPT-2, ...].
         attention_out_bias (`bool`): bias on the output projection [Starcoder2, Phi, GPT-NeoX, GPT-2].
         qk_norm (`"head"`, `"full"` or `None`): RMS norm of queries and keys, per head [Qwen3, Gemma 3] or over the
-            full projection width [OLMo2]; the default, per head, gains 0.029 over none.
+            full projection width [OLMo2].
         attention_multiplier (`float`, *optional*): factor on `q @ k.T`; default `head_dim ** -0.5`
             [Granite; Gemma's `query_pre_attn_scalar ** -0.5`].
         attn_logit_softcapping (`float`, *optional*): `cap * tanh(scores / cap)` before the softmax [Gemma 2].
@@ -98,27 +91,22 @@ class HfLmConfig(PreTrainedConfig):
         residual_multiplier (`float`): factor on each sub-layer's output [Granite].
 
     MLP:
-        hidden_act (`str`): activation, a key of `transformers.activations.ACT2FN`. The default, squared ReLU
-            (arXiv:2109.08668), is for from-scratch models: with a plain MLP it gains 0.037 over SwiGLU of as many
-            parameters. GELU is as good and as fast (0.002 better, 0.005 worse with the schedule before).
+        hidden_act (`str`): activation, a key of `transformers.activations.ACT2FN`. The default is squared ReLU
+            (arXiv:2109.08668).
         mlp_type (`"gated"` or `"plain"`): `down(act(gate(x)) * up(x))` [Llama and most] or `down(act(up(x)))`
             [GPT-2, GPT-NeoX, Phi, Starcoder2].
         mlp_bias (`bool`): bias on all MLP projections [GPT-2, GPT-NeoX, Phi, Starcoder2].
 
     Embedding and head:
-        tie_word_embeddings (`bool`): `lm_head` shares the embedding matrix. For size, not for gain: one of its own is
-            better by 0.017, with 18% more parameters.
-        embedding_multiplier (`float`): factor on the token embeddings [Gemma, Granite]. About `sqrt(hidden_size)` gains
-            0.046 after 400 steps (one seed), less after more: `recipes/addresses` sets it.
+        tie_word_embeddings (`bool`): `lm_head` shares the embedding matrix.
+        embedding_multiplier (`float`): factor on the token embeddings [Gemma, Granite].
         lm_head_bias (`bool`): bias on `lm_head` [Phi].
         logit_scale (`float`): factor on the logits [Cohere; 1 / `logits_scaling` of Granite].
-        final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` [Gemma 2]; 15 gains 0.005
-            after 400 steps (p = 0.14), costs 0.005 after 1,200 (p = 0.003), and a step takes longer.
+        final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` [Gemma 2].
 
     Training:
         initializer_range (`float`): standard deviation of the initial weights.
-        zero_init_residual (`bool`): start `o_proj` and `down_proj` at zero, so that each layer starts as the identity
-            (gains 0.014).
+        zero_init_residual (`bool`): start `o_proj` and `down_proj` at zero: each layer starts as the identity.
         embedding_dropout, residual_dropout, attention_dropout (`float`): probabilities [GPT-2, Phi, Starcoder2, ...].
         classifier_dropout (`float`): before the token-classification head.
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from copy import copy
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -35,7 +34,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hf_lm import AUTO_MAP, HfLmConfig
 from .functional_hf_lm import (
+    KERNELS,
+    LOSSES,
     apply_rotary_pos_emb,
+    causal_lm_loss,
     check_ids,
     cosines_and_sines,
     default_position_ids,
@@ -43,8 +45,7 @@ from .functional_hf_lm import (
     make_causal_mask,
     rms_norm,
     squared_relu,
-)
-from .loss_hf_lm import LOSSES, causal_lm_loss, linear_cross_entropy
+)  # fmt: skip
 
 
 class HfLmRMSNorm(nn.Module):
@@ -59,7 +60,7 @@ class HfLmRMSNorm(nn.Module):
         self.eps = eps
         self.offset = offset
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight.float() + 1.0 if self.offset else self.weight
         return rms_norm(hidden_states, weight, self.eps, self.training)
 
@@ -82,7 +83,7 @@ class HfLmScaledEmbedding(nn.Embedding):
         self.scalar_embed_scale = embed_scale
         self.embed_scale = nn.Buffer(torch.tensor(embed_scale), persistent=False)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
 
 
@@ -105,7 +106,7 @@ class HfLmRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: HfLmConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config: HfLmConfig, device=None, **kwargs) -> tuple[Tensor, float]:
         """Inverse frequencies `theta ** (-2i / dim)` of shape `(rotated dims / 2,)`, and the scaling 1."""
         dim = int(config.head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
         exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
@@ -113,7 +114,7 @@ class HfLmRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         if self.config.rope_interleaved:
             angles = angles.repeat_interleave(2, dim=-1)
@@ -160,12 +161,12 @@ class HfLmAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -195,7 +196,7 @@ class HfLmAttention(nn.Module):
 class HfLmSquaredReLU(nn.Module):
     """The library's activation `"relu2"`, trained faster (see `squared_relu`)."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return squared_relu(hidden_states, self.training)
 
 
@@ -212,7 +213,7 @@ class HfLmMLP(nn.Module):
         self.down_proj.starts_at_zero = config.zero_init_residual
         self.act_fn = HfLmSquaredReLU() if config.hidden_act == "relu2" else ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
@@ -249,23 +250,23 @@ class HfLmDecoderLayer(GradientCheckpointingLayer):
         for name in filter(None, self.norm_names):
             self.add_module(name, build_norm(config))
 
-    def _norm(self, place: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _norm(self, place: int, hidden_states: Tensor) -> Tensor:
         name = self.norm_names[place]
         return hidden_states if name is None else getattr(self, name)(hidden_states)
 
-    def _branch(self, output: torch.Tensor) -> torch.Tensor:
+    def _branch(self, output: Tensor) -> Tensor:
         """What a sub-layer adds to the residual stream."""
         output = self.residual_dropout(output) if self.training else output
         return output if self.residual_multiplier == 1.0 else output * self.residual_multiplier
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         attention_input = self._norm(0, hidden_states)
         attention_output, _ = self.self_attn(
             hidden_states=attention_input,
@@ -373,7 +374,7 @@ class HfLmModel(HfLmPreTrainedModel):
             modules[layer_type] = HfLmRotaryEmbedding(layer_config)
         return nn.ModuleDict(modules)
 
-    def _position_embeddings(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict:
+    def _position_embeddings(self, hidden_states: Tensor, position_ids: Tensor) -> dict:
         """`{layer type: (cos, sin)}`, each of shape `(batch, sequence, rotated dims)`."""
         if self.rotary_emb is None:
             return dict.fromkeys(self.config.layer_types)
@@ -386,7 +387,7 @@ class HfLmModel(HfLmPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -464,7 +465,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def compute_logits(self, hidden_states: torch.Tensor, skip: bool = False) -> torch.Tensor | None:
+    def compute_logits(self, hidden_states: Tensor, skip: bool = False) -> Tensor | None:
         """`(..., hidden)` after the final norm -> `(..., vocabulary)`, or None where they are skipped."""
         if skip:
             return None
@@ -480,7 +481,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         self.config.fit_to_layers(self.model.layers)
         return super().generate(*args, **kwargs)
 
-    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs):
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs):
         """As upstream, which copies each mask as a tensor: those of FlexAttention are none, `forward` makes them."""
         is_flex = self.config._attn_implementation == "flex_attention"
         return attention_mask if is_flex else create_masks_for_generate(attention_mask=attention_mask, **kwargs)
@@ -488,7 +489,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
     def _may_skip_logits(self) -> bool:
         """The head is the plain layer built above (no adapter, hook, quantiser or sharding), the loss the usual one."""
         head = self.lm_head
-        is_plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, FakeTensor)
+        is_plain = type(head) is nn.Linear and type(head.weight).__name__ in ("Parameter", "FakeTensor")
         is_hooked = head._forward_hooks or head._forward_pre_hooks
         return is_plain and not is_hooked and self.loss_function is causal_lm_loss
 
@@ -496,13 +497,13 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
@@ -533,18 +534,19 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         )
         hidden_states, loss = outputs.last_hidden_state, None
         is_skipping = skip_logits and labels is not None and self._may_skip_logits()
+        chunked_loss = KERNELS.get("linear_cross_entropy") if is_skipping else None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.compute_logits(hidden_states[:, kept, :], skip=is_skipping)
+        logits = self.compute_logits(hidden_states[:, kept, :], skip=chunked_loss is not None)
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
-            if is_skipping:
+            if chunked_loss is not None:
                 scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
-                loss = linear_cross_entropy(hidden_states, self.lm_head, labels, scale, cap, **kwargs)
+                loss = chunked_loss(hidden_states, self.lm_head, labels, scale, cap, **kwargs)
             else:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if is_skipping else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

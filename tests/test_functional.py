@@ -6,7 +6,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import hf_lm.functional_hf_lm as functional
-from hf_lm.loss_hf_lm import linear_cross_entropy
+from hf_lm import HfLmConfig, HfLmForCausalLM
+from hf_lm.kernels.loss import linear_cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,3 +120,23 @@ def test_a_gradient_by_hand_is_the_plain_one_in_every_use(name, use):
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
     actual, expected = (USES[use](function, x.clone()) for function in FUNCTIONS[name])
     torch.testing.assert_close(actual.view_as(expected), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_without_the_package_computes_the_same(monkeypatch):
+    """From the Hub the formulas come alone: slower, never different."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = HfLmForCausalLM(HfLmConfig(**sizes, logit_scale=0.5, final_logit_softcapping=5.0)).train()
+    ids = torch.randint(64, (2, 9))
+
+    def compute() -> list[torch.Tensor]:
+        outputs = model(ids, labels=ids, skip_logits=True)
+        assert outputs.logits is None
+        return [outputs.loss, model(ids).logits, *torch.autograd.grad(outputs.loss, list(model.parameters()))]
+
+    assert set(functional.KERNELS) == {
+        "apply_rotary_pos_emb", "cosines_and_sines", "linear_cross_entropy", "rms_norm", "squared_relu", "uses_varlen",
+    }  # fmt: skip
+    fast = compute()
+    monkeypatch.setattr(functional, "KERNELS", {})
+    torch.testing.assert_close(compute(), fast, atol=1e-6, rtol=1e-5)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lm import HfLmConfig, HfLmForCausalLM, loss_hf_lm
+from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
 from hf_lm.data.collator import PackedCollator
-from hf_lm.functional_hf_lm import HAS_VARLEN
+from hf_lm.kernels import loss as chunked
+from hf_lm.kernels.varlen import HAS_VARLEN
 from hf_lm.training.device_tuning import fit_to_gpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize(("scale", "bias"), [(1.0, False), (0.5, True)])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, is_compiled):
-    monkeypatch.setattr(loss_hf_lm, "slice_shape", lambda *_: (64, 300))  # several slices, the last one short
+    monkeypatch.setattr(chunked, "slice_shape", lambda *_: (64, 300))  # several slices, the last one short
     torch.manual_seed(0)
     head = nn.Linear(32, 300, bias=bias, device="cuda")
     hidden = torch.randn(3, 90, 32, device="cuda", requires_grad=True)
@@ -30,7 +31,7 @@ def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, 
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     inputs = [hidden, *head.parameters()]
     expected_gradients = torch.autograd.grad(expected, inputs)
-    compute = loss_hf_lm.linear_cross_entropy
+    compute = chunked.linear_cross_entropy
     if is_compiled:
         compute = torch.compile(compute, fullgraph=True)
     loss = compute(hidden, head, labels, logit_scale=scale, softcap=softcap)

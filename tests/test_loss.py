@@ -6,8 +6,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_lm import HfLmForCausalLM, loss_hf_lm
-from hf_lm.loss_hf_lm import linear_cross_entropy
+from hf_lm import HfLmForCausalLM
+from hf_lm.kernels import loss as chunked
+from hf_lm.kernels.loss import linear_cross_entropy
 from hf_lm.training.arguments import HfLmTrainingArguments
 from hf_lm.training.trainer import HfLmTrainer
 
@@ -18,7 +19,7 @@ from hf_lm.training.trainer import HfLmTrainer
 @pytest.mark.parametrize("num_items_in_batch", [None, 7])
 @pytest.mark.parametrize("columns", [50, 16])
 def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, bias, num_items_in_batch, columns):
-    monkeypatch.setattr(loss_hf_lm, "slice_shape", lambda *_: (4, columns))  # several slices, the last one short
+    monkeypatch.setattr(chunked, "slice_shape", lambda *_: (4, columns))  # several slices, the last one short
     torch.manual_seed(0)
     head = nn.Linear(12, 50, bias=bias)
     hidden = torch.randn(3, 9, 12, requires_grad=True)
@@ -42,26 +43,26 @@ def test_loss_without_logits_equals_the_plain_loss(monkeypatch, softcap, scale, 
 
 @pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (3.0, 0.25, True)])
 def test_loss_as_an_accelerator_computes_it_is_the_same(monkeypatch, softcap, scale, bias):
-    monkeypatch.setattr(loss_hf_lm, "slice_shape", lambda *_: (4, 50))  # several slices, the last one short
+    monkeypatch.setattr(chunked, "slice_shape", lambda *_: (4, 50))  # several slices, the last one short
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(27, 12), torch.randn(50, 12), torch.randint(0, 50, (27,))
     labels[3:9] = -100
     arguments = (hidden, weight, torch.randn(50) if bias else None, labels, scale, softcap, -100, torch.float32)
-    expected = loss_hf_lm._loss_and_gradients(*arguments, True, True, bias)
+    expected = chunked._loss_and_gradients(*arguments, True, True, bias)
     with torch.compiler.set_stance("force_eager"):
-        actual = loss_hf_lm._compiled_loss_and_gradients(*arguments, True, True, bias)
+        actual = chunked._compiled_loss_and_gradients(*arguments, True, True, bias)
     torch.testing.assert_close(actual, expected)
 
 
 def test_loss_is_the_plain_one_where_the_compiler_does_not_work(monkeypatch, caplog):
-    monkeypatch.setattr(loss_hf_lm, "COMPILED_ON", ("cpu",))
-    monkeypatch.setattr(loss_hf_lm, "_compiler_fails", False)
+    monkeypatch.setattr(chunked, "COMPILED_ON", ("cpu",))
+    monkeypatch.setattr(chunked, "_compiler_fails", False)
     torch.compiler.reset()
     torch.manual_seed(0)
     head, hidden, labels = nn.Linear(12, 50), torch.randn(2, 9, 12), torch.randint(0, 50, (2, 9))
     broken = {"cpp.cxx": (None, "/nowhere/c++"), "fx_graph_cache": False}
     with torch._inductor.config.patch(broken):
-        losses = [loss_hf_lm.linear_cross_entropy(hidden, head, labels) for _ in range(2)]
+        losses = [chunked.linear_cross_entropy(hidden, head, labels) for _ in range(2)]
     expected = nn.functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(losses, [expected, expected])
     said = [record.message for record in caplog.records if "cannot be compiled" in record.message]
@@ -72,15 +73,15 @@ def test_loss_is_the_plain_one_where_the_compiler_does_not_work(monkeypatch, cap
 
 def test_slices_are_of_whole_tiles():
     for device, vocabulary, dtype in [("cuda", 50304, torch.bfloat16), ("cpu", 3000, torch.float32)]:
-        rows, _ = loss_hf_lm.slice_shape(device, vocabulary, dtype)
-        assert rows % loss_hf_lm.SLICE_ROWS == 0 and rows > loss_hf_lm.SLICE_ROWS
+        rows, _ = chunked.slice_shape(device, vocabulary, dtype)
+        assert rows % chunked.SLICE_ROWS == 0 and rows > chunked.SLICE_ROWS
 
 
 def test_only_fast_products_are_worth_computing_logits_twice():
-    shape, wide, narrow = loss_hf_lm.slice_shape, loss_hf_lm.WIDE_VOCABULARY + 1, loss_hf_lm.WIDE_VOCABULARY
-    assert shape("cpu", wide, torch.bfloat16) == (loss_hf_lm.SLICE_ROWS, loss_hf_lm.SLICE_COLUMNS)
+    shape, wide, narrow = chunked.slice_shape, chunked.WIDE_VOCABULARY + 1, chunked.WIDE_VOCABULARY
+    assert shape("cpu", wide, torch.bfloat16) == (chunked.SLICE_ROWS, chunked.SLICE_COLUMNS)
     whole = [("cpu", narrow, torch.bfloat16), ("cpu", wide, torch.float32), ("cuda", wide, torch.bfloat16)]
-    assert all(shape(*case)[1] == case[1] and shape(*case)[0] >= loss_hf_lm.SLICE_ROWS for case in whole)
+    assert all(shape(*case)[1] == case[1] and shape(*case)[0] >= chunked.SLICE_ROWS for case in whole)
 
 
 def test_loss_without_logits_takes_shifted_labels_and_frozen_heads():

@@ -13,9 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import hf_lm.functional_hf_lm as functional
 from hf_lm import HfLmForCausalLM, HfLmModel
 from hf_lm.functional_hf_lm import packed_document_ids
+from hf_lm.kernels import varlen
 from hf_lm.modeling_hf_lm import HfLmAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*_compile flag:DeprecationWarning", "ignore:flex_attention called")
@@ -281,12 +281,12 @@ def varlen_stand_in(monkeypatch):
         q, k, v = (states.transpose(0, 1) for states in (query, key, value))
         return nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(0, 1)
 
-    monkeypatch.setattr(functional, "varlen_attn", attend, raising=False)
-    monkeypatch.setattr(functional, "has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr(varlen, "varlen_attn", attend, raising=False)
+    monkeypatch.setattr(varlen, "has_varlen_kernel", lambda *_: True)
     return calls
 
 
-@pytest.mark.skipif(not functional.HAS_VARLEN, reason="PyTorch has it from 2.11 on")
+@pytest.mark.skipif(not varlen.HAS_VARLEN, reason="PyTorch has it from 2.11 on")
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"sliding_window": 3}], ids=str)
 @pytest.mark.parametrize("case", PACKED)
 def test_documents_are_kept_apart_by_their_lengths(varlen_stand_in, case, changes):
@@ -299,7 +299,7 @@ def test_documents_are_kept_apart_by_their_lengths(varlen_stand_in, case, change
     assert len(varlen_stand_in) == model.config.num_hidden_layers
 
 
-@pytest.mark.skipif(not functional.HAS_VARLEN, reason="PyTorch has it from 2.11 on")
+@pytest.mark.skipif(not varlen.HAS_VARLEN, reason="PyTorch has it from 2.11 on")
 def test_lengths_of_a_batch_are_taken_as_they_are_and_without_any_it_is_sdpa(varlen_stand_in):
     model, plain, ids = build("llama", "varlen"), build("llama"), draw_ids(1, 9)
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, **EXACT)

@@ -22,7 +22,7 @@ from ..anatomy import decoder_layers, flops_per_token, layer_matrices, parameter
 from ..errors import InputError, one_line
 from ..hardware import DEVICES, assumed_watts, describe_hardware, has_fast_bfloat16, memory_of
 from ..interop.adapters import add_adapter
-from ..loss_hf_lm import slice_shape
+from ..kernels.loss import slice_shape
 from ..tasks import task_class
 from ..training.device_tuning import is_dear
 from ..training.optimizers import newton_schulz_flops

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from ..configuration_hf_lm import HfLmConfig
-from ..functional_hf_lm import HAS_VARLEN
 from ..hardware import device_type
+from ..kernels.varlen import HAS_VARLEN
 from ..modeling_hf_lm import HfLmMLP
 
 # Bytes that a forward keeps for the backward. Of the MLPs: beyond, layers may compute what is cheap twice. Of attention's

@@ -19,7 +19,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 # The quick ones first: the first failure ends a run.
 TESTS = tuple(f"tests/test_{name}.py" for name in ("loss", "functional", "modeling", "heads"))
-MODEL, FUNCTIONS, LOSS = "modeling_hf_lm.py", "functional_hf_lm.py", "loss_hf_lm.py"
+MODEL, FUNCTIONS = "modeling_hf_lm.py", "functional_hf_lm.py"
+LOSS, GRADIENTS = "kernels/loss.py", "kernels/gradients.py"
 
 # What is broken: (file, the line as it is, the line in its place). The line must occur exactly once.
 MUTATIONS = {
@@ -46,7 +47,7 @@ MUTATIONS = {
     ),
     "cache not updated": (MODEL, "key, value = past_key_values.update(", "past_key_values.update("),
     "cached positions not counted": (FUNCTIONS, "device=inputs_embeds.device) + seen)", "device=inputs_embeds.device))"),
-    "left padding shifts positions": (FUNCTIONS, "if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:", "if False:"),
+    "left padding shifts positions": (FUNCTIONS, "if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:", "if False:"),
     "wrong scale": (MODEL, "config.head_dim**-0.5", "config.hidden_size**-0.5"),
     "heads grouped in the wrong order": (
         FUNCTIONS,
@@ -62,11 +63,11 @@ MUTATIONS = {
     "norm before the MLP left out": (MODEL, "self.mlp(self._norm(2, hidden_states))))", "self.mlp(hidden_states)))"),
     "final norm left out": (MODEL, "last_hidden_state=self.norm(hidden_states)", "last_hidden_state=hidden_states"),
     "untied head": (MODEL, '{"lm_head.weight": "model.embed_tokens.weight"}', "{}"),
-    "loss not divided by num_items_in_batch": (LOSS, ".sum() if given is None else given", ".sum()"),
+    "loss not divided by num_items_in_batch": (FUNCTIONS, ".sum() if given is None else given", ".sum()"),
     "labels not shifted": (LOSS, "labels, (0, 1), value=ignore_index)[..., 1:]", "labels, (0, 1), value=ignore_index)[..., :-1]"),
     "loss of a head multiplied by accumulation": (MODEL, "    accepts_loss_kwargs = False\n\n    def __init__(self, config: HfLmConfig):\n        HfLmPreTrainedModel.__init__(self, config)\n        self.num_labels = config.num_labels\n        self.model = HfLmModel(config)\n        self.dropout", "    def __init__(self, config: HfLmConfig):\n        HfLmPreTrainedModel.__init__(self, config)\n        self.num_labels = config.num_labels\n        self.model = HfLmModel(config)\n        self.dropout"),
     "buffer not rebuilt on load": (MODEL, "init.constant_(module.embed_scale, module.scalar_embed_scale)", "pass"),
-    "wrong gradient of the norm": (FUNCTIONS, "dot, value=-1.0 / normed.shape[-1]", "dot, value=1.0 / normed.shape[-1]"),
+    "wrong gradient of the norm": (GRADIENTS, "dot, value=-1.0 / normed.shape[-1]", "dot, value=1.0 / normed.shape[-1]"),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lm import HfLmForCausalLM
-from hf_lm.functional_hf_lm import HAS_VARLEN
+from hf_lm.kernels.varlen import HAS_VARLEN
 from hf_lm.training import device_tuning
 
 

@@ -1,24 +1,16 @@
-# Copyright 2026 The hf_lm authors.
-# SPDX-License-Identifier: Apache-2.0
 """
-The loss over the vocabulary without the logits, in value and gradient that of the plain formula: a slice of them at a
-time, with its gradient while it is at hand.
+Chunked cross-entropy. Same value and gradient as `cross_entropy(lm_head(hidden_states), labels)`, but only one slice of
+the logits exists at a time.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.loss.loss_utils import (
-    ForCausalLMLoss,
-    ForSequenceClassificationLoss,
-    ForTokenClassification,
-    fixed_cross_entropy,
-)
 from transformers.utils import logging
 
-from .functional_hf_lm import autocast_dtype, has_no_values, uses_plain_backward
+from ..functional_hf_lm import autocast_dtype, has_no_values, number_of_items
+from .gradients import uses_plain_backward
 
 logger = logging.get_logger(__name__)
 
@@ -42,17 +34,6 @@ def slice_shape(device: str, vocab_size: int, dtype: torch.dtype) -> tuple[int, 
 def without_autocast(device: str) -> AbstractContextManager:
     """Compute in the dtypes given; the meta device has no autocast to switch off."""
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
-
-
-def number_of_items(
-    labels: torch.Tensor, given: torch.Tensor | int | None = None, ignore_index: int = -100
-) -> torch.Tensor | int:
-    """
-    What a summed loss is divided by: the number given or that of the labels that count, but 1 where it is 0. Without
-    labels loss and gradients are then 0, not NaN.
-    """
-    number = (labels != ignore_index).sum() if given is None else given
-    return number + (number == 0)
 
 
 def _plain_loss(
@@ -176,9 +157,7 @@ def _room_for_gradients(inputs: tuple[torch.Tensor | None, ...], needed: tuple[b
 
 
 # For a compiler, which would unroll the slices into thousands of nodes, or else hold all logits, it is one operator.
-_loss_operator = torch.library.custom_op(
-    f"{__name__.replace('.', '_')}::loss_and_gradients", _loss_and_gradients, mutates_args=()
-)
+_loss_operator = torch.library.custom_op("hf_lm::loss_and_gradients", _loss_and_gradients, mutates_args=())
 
 
 @_loss_operator.register_fake
@@ -329,64 +308,3 @@ def linear_cross_entropy(
     )
     number = number_of_items(shift_labels, num_items_in_batch, ignore_index)
     return total / (number.to(total.device) if torch.is_tensor(number) else number)
-
-
-def causal_lm_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs,
-) -> torch.Tensor:
-    """`ForCausalLMLoss` of transformers, but 0 where no label counts."""
-    learned = labels[..., 1:] if shift_labels is None else shift_labels
-    number = number_of_items(learned, num_items_in_batch, ignore_index)
-    return ForCausalLMLoss(logits, labels, vocab_size, number, ignore_index, shift_labels, **kwargs)
-
-
-def sequence_classification_loss(
-    labels: torch.Tensor, pooled_logits: torch.Tensor, config: PreTrainedConfig, num_items_in_batch=None, **kwargs
-) -> torch.Tensor:
-    """`ForSequenceClassificationLoss` of transformers, but 0 where no label counts."""
-    number = number_of_items(labels, num_items_in_batch)
-    return ForSequenceClassificationLoss(labels, pooled_logits, config, num_items_in_batch=number)
-
-
-def token_classification_loss(
-    logits: torch.Tensor, labels: torch.Tensor, config: PreTrainedConfig, num_items_in_batch=None, **kwargs
-) -> torch.Tensor:
-    """`ForTokenClassification` of transformers, but 0 where no label counts."""
-    return ForTokenClassification(
-        logits, labels, config, num_items_in_batch=number_of_items(labels, num_items_in_batch)
-    )
-
-
-def question_answering_loss(
-    start_logits: torch.Tensor,
-    end_logits: torch.Tensor,
-    start_positions: torch.Tensor,
-    end_positions: torch.Tensor,
-    num_items_in_batch=None,
-    **kwargs,
-) -> torch.Tensor:
-    """`ForQuestionAnsweringLoss` of transformers, but 0 where no position counts; -100 does not count either."""
-    losses = []
-    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
-        positions = positions.view(-1).to(logits.device)
-        is_outside = (positions == -100) | (positions >= logits.shape[1])
-        labels = positions.clamp(min=0).masked_fill(is_outside, -100)
-        losses.append(fixed_cross_entropy(logits, labels, number_of_items(labels, num_items_in_batch)))
-    return sum(losses) / 2
-
-
-# The losses of the heads, by the name in transformers' `LOSS_MAPPING`.
-LOSSES = {
-    "ForCausalLM": causal_lm_loss,
-    "ForSequenceClassification": sequence_classification_loss,
-    "ForTokenClassification": token_classification_loss,
-    "ForQuestionAnswering": question_answering_loss,
-}
-
-__all__ = ["LOSSES", "causal_lm_loss", "linear_cross_entropy"]
