@@ -1,6 +1,8 @@
 """What all tests share: no network, pinned threads, tiny models."""
 
 import os
+import shutil
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A thread a process, also of the commands that tests start: with more, processes side by side wait for each other.
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from helpers.recipes import write_recipe
 
 import hf_lm  # noqa: F401  registers the Auto classes
 from hf_lm import HfLmConfig, HfLmForCausalLM
@@ -62,31 +64,22 @@ def tiny_model(tiny_config: HfLmConfig) -> HfLmForCausalLM:
 def recipe(tmp_path: Path, moby_dick: str):
     """`recipe(key=value, ...)` writes a small recipe with these keys changed and returns its path."""
     (tmp_path / "book.txt").write_text(moby_dick[:60_000], encoding="utf-8")
+    return partial(write_recipe, tmp_path)
 
-    def write(**changes) -> str:
-        keys = {
-            "output_dir": str(tmp_path / "run"),
-            "train_file": str(tmp_path / "book.txt"),
-            "validation_split_percentage": 10,
-            "block_size": 64,
-            "vocab_size": 400,
-            "config_overrides": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-            "muon_learning_rate": 0.02,
-            "learning_rate": 0.003,
-            "max_steps": 12,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 4,
-            "eval_strategy": "steps",
-            "eval_steps": 6,
-            "save_steps": 4,
-            "sample_prompts": ["Call me"],
-            "sample_tokens": 8,
-            "bf16": False,
-            "forecast": False,
-            "report_to": "tensorboard",
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**keys, **changes}))
-        return str(path)
 
-    return write
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, moby_dick: str) -> tuple[Path, dict]:
+    """Folder and metrics of one run of the small recipe, with checkpoints at steps 4, 8 and 12. Not to be changed."""
+    from hf_lm.app.run import train
+    from hf_lm.training.arguments import parse_recipe
+
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "book.txt").write_text(moby_dick[:60_000], encoding="utf-8")
+    return folder / "run", train(*parse_recipe(write_recipe(folder), []))
+
+
+@pytest.fixture
+def finished_run(recipe, small_run, tmp_path: Path) -> str:
+    """A recipe in `tmp_path` whose run, in `tmp_path / "run"`, has finished: a copy of `small_run` to change."""
+    shutil.copytree(small_run[0], tmp_path / "run")
+    return recipe(train_file=str(small_run[0].parent / "book.txt"))

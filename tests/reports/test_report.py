@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 from helpers.browser import CONTRAST, WIDTHS, found_on
+from helpers.recipes import write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_lm.cli import main
@@ -34,30 +35,14 @@ found.right_aligned = [...document.querySelectorAll("td.number")].map(cell => ce
 """.replace("CONTRAST", CONTRAST)
 
 
-def write_recipe(folder, text: str, **changes) -> str:
-    (folder / "book.txt").write_text(text, encoding="utf-8")
-    keys = {
-        "output_dir": str(folder / "run"),
-        "train_file": str(folder / "book.txt"),
-        "block_size": 64,
-        "vocab_size": 400,
-        "config_overrides": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 6,
-        "sample_prompts": ["", PROMPT, " ".join(text[3000:3100].split())],  # the last from the training text
-        "sample_tokens": 24,
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**keys, **changes}))
-    return str(folder / "recipe.yaml")
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, moby_dick):
     folder = tmp_path_factory.mktemp("report")
-    path = write_recipe(folder, moby_dick[:60_000])
+    (folder / "book.txt").write_text(moby_dick[:60_000], encoding="utf-8")
+    prompts = ["", PROMPT, " ".join(moby_dick[3000:3100].split())]  # the last from the training text
+    path = write_recipe(
+        folder, logging_steps=2, sample_prompts=prompts, sample_tokens=24, forecast=True, validation_split_percentage=5
+    )
     assert main(["train", path, "--log_histograms", "true", "--log_graph", "true"]) == 0
     return folder / "run"
 
@@ -115,17 +100,17 @@ def test_tensorboard_has_the_same_scalars_and_what_was_asked_for(run):
 
 
 @pytest.mark.slow  # needs peft, which the long tests install
-def test_tensorboard_has_the_graph_below_an_adapter(run, tmp_path, moby_dick):
+def test_tensorboard_has_the_graph_below_an_adapter(run, recipe, tmp_path):
     keys = {"model_name_or_path": str(run), "use_peft": True, "config_overrides": None, "max_steps": 2}
-    path = write_recipe(tmp_path, moby_dick[:60_000], **keys, eval_strategy="no", sample_prompts=None)
+    path = recipe(**keys, eval_strategy="no", sample_prompts=None)
     assert main(["train", path, "--log_graph", "true"]) == 0
     (folder,) = (tmp_path / "run" / "runs").iterdir()
     assert EventAccumulator(str(folder)).Reload().Tags()["graph"]
 
 
-def test_report_of_a_run_without_evaluation_and_samples(tmp_path, moby_dick):
-    keys = {"eval_strategy": "no", "validation_split_percentage": 0, "sample_prompts": None, "forecast": False}
-    assert main(["train", write_recipe(tmp_path, moby_dick[:60_000], **keys)]) == 0
+def test_report_of_a_run_without_evaluation_and_samples(recipe, tmp_path):
+    keys = {"eval_strategy": "no", "validation_split_percentage": 0, "sample_prompts": None}
+    assert main(["train", recipe(**keys)]) == 0
     data = data_of(tmp_path / "run" / "report.html")
     assert data["samples"] == [] and [len(chart["series"]) for chart in data["charts"]] == [1] * 4
     assert not {"Evaluations on the way", "Results", "Quality"} & {table["title"] for table in data["tables"]}

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,9 +33,8 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_run_leaves_everything_in_one_folder(recipe, tmp_path):
-    metrics = run(recipe())
-    folder = tmp_path / "run"
+def test_a_run_leaves_everything_in_one_folder(small_run):
+    folder, metrics = small_run
     names = {path.name for path in folder.iterdir()}
     assert {
         "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "metrics.json",
@@ -163,55 +163,49 @@ def test_best_checkpoint_can_be_what_is_kept(recipe, tmp_path):
     *(pytest.param(changes, marks=pytest.mark.slow) for changes in ({}, {"gradient_accumulation_steps": 2})),
 ])  # fmt: skip
 def test_resumed_run_ends_with_the_same_bits(recipe, tmp_path, changes):
-    run(recipe(**changes, output_dir=str(tmp_path / "straight")))
     path = recipe(**changes)
     run(path)
+    straight = weights(tmp_path / "run")
     for name in ("checkpoint-12", "checkpoint-8"):
         (tmp_path / "run" / name).rename(tmp_path / f"away-{name}")
     run(path, "--resume")
-    assert same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
+    assert same(straight, weights(tmp_path / "run"))
 
 
-def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(recipe, tmp_path, capsys):
-    path = recipe()
-    run(path)
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(finished_run, tmp_path, capsys):
     straight = weights(tmp_path / "run")
     damaged = tmp_path / "run" / "checkpoint-12" / "optimizer.pt"
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    run(path, "--resume")
+    run(finished_run, "--resume")
     assert "checkpoint-12 is damaged: optimizer.pt has" in capsys.readouterr().err
     assert (tmp_path / "run" / "_damaged-checkpoint-12").is_dir()
     assert same(straight, weights(tmp_path / "run"))
 
 
-def test_resume_refuses_changed_arguments_and_missing_state(recipe, tmp_path):
-    path = recipe()
-    run(path)
+def test_resume_refuses_changed_arguments_and_missing_state(finished_run, tmp_path):
     with pytest.raises(InputError, match=r"learning_rate 0\.003 -> 0\.1"):
-        run(path, "--resume", "--learning_rate", "0.1")
+        run(finished_run, "--resume", "--learning_rate", "0.1")
     manifest = tmp_path / "run" / "checkpoint-12" / "manifest.json"
     listed = json.loads(manifest.read_text())
     del listed["files"]["scheduler.pt"]
     manifest.write_text(json.dumps(listed))
     (manifest.parent / "scheduler.pt").unlink()
     with pytest.raises(InputError, match="lacks the place in the learning-rate schedule"):
-        run(path, "--resume")
+        run(finished_run, "--resume")
 
 
-def test_resuming_a_finished_run_trains_no_further(recipe, tmp_path, capsys):
-    path = recipe()
-    run(path)
+def test_resuming_a_finished_run_trains_no_further(finished_run, tmp_path, capsys):
     before = weights(tmp_path / "run")
-    metrics = run(path, "--resume")
+    metrics = run(finished_run, "--resume")
     assert metrics["steps"] == 12
     assert "has finished training" in capsys.readouterr().err
     assert same(before, weights(tmp_path / "run"))
 
 
-def test_output_folder_is_protected(recipe, tmp_path):
+def test_output_folder_is_protected(recipe, small_run, tmp_path):
     with pytest.raises(InputError, match="no valid checkpoint"):
         run(recipe(), "--resume")
-    run(recipe())
+    shutil.copytree(small_run[0], tmp_path / "run")
     with pytest.raises(InputError, match="already holds a run.*--overwrite"):
         run(recipe())
     strange = tmp_path / "strange"
