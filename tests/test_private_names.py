@@ -28,16 +28,16 @@ PRIVATE = {
         "generation/packed.py", "skips Python dispatch on each token", "no public switch"
     ),
     "torch._C._are_functorch_transforms_active": (
-        "functional_hf_lm.py",
+        "functional_hf_lm.py kernels/gradients.py",
         "torch.func cannot differentiate the hand-written backward",
         "a predicate for active transforms",
     ),
     "torch._C._autograd._get_current_graph_task_keep_graph": (
-        "loss_hf_lm.py",
+        "kernels/loss.py",
         "frees the saved gradient unless retain_graph",
         "a way to ask for retain_graph",
     ),
-    "torch._dynamo.exc": ("loss_hf_lm.py", "names the error of a failed compilation", "a public exception"),
+    "torch._dynamo.exc": ("kernels/loss.py", "names the error of a failed compilation", "a public exception"),
     "torch._subclasses.fake_tensor": (
         "anatomy.py modeling_hf_lm.py planning/plan.py",
         "runs a model without memory, and recognizes such a run",
@@ -49,14 +49,9 @@ PRIVATE = {
     "torch._foreach_lerp_": ("training/optimizers.py", "one call for all matrices", "public foreach operators"),
     "torch._foreach_mul_": ("training/optimizers.py", "one call for all matrices", "public foreach operators"),
     "torch.autograd.forward_ad._current_level": (
-        "functional_hf_lm.py",
+        "kernels/gradients.py",
         "forward-mode derivatives cannot pass the hand-written backward",
         "a predicate for forward mode",
-    ),
-    "torch.compiler._is_exporting_flag": (
-        "functional_hf_lm.py",
-        "torch 2.9 has no torch.compiler.is_exporting",
-        "public since torch 2.10",
     ),
     "torch.cpu._is_vnni_supported": ("generation/packed.py", "picks the 8-bit kernel", "public CPU capabilities"),
     "torch.nn.Module._forward_hooks": ("modeling_hf_lm.py", "a hooked head must be called", "a list of hooks"),
