@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "configuration_hf_lm": ("HfLmConfig",),
+    "loading": ("load_model", "load_tokenizer", "register_auto_classes"),
     "modeling_hf_lm": (
         "HfLmForCausalLM",
         "HfLmForQuestionAnswering",
@@ -24,30 +25,7 @@ _MODULES = {
     "tokenization": ("train_tokenizer",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = ["__version__", "register_auto_classes", *_MODULE_OF]
-
-
-def register_auto_classes() -> None:
-    """
-    Make the Auto classes of transformers know hf_lm, and hf_lm's classes read the checkpoints of other families.
-    Calling it again changes nothing.
-    """
-    import transformers
-
-    from . import kernels
-    from . import modeling_hf_lm as modeling
-    from .configuration_hf_lm import HfLmConfig
-    from .interop.weights import install
-
-    kernels.enable()
-    install()
-    transformers.AutoConfig.register(HfLmConfig.model_type, HfLmConfig, exist_ok=True)
-    HfLmConfig.register_for_auto_class("AutoConfig")
-    for auto_class, path in modeling.AUTO_MAP.items():
-        if auto_class != "AutoConfig":
-            model_class = getattr(modeling, path.split(".")[1])
-            getattr(transformers, auto_class).register(HfLmConfig, model_class, exist_ok=True)
-            model_class.register_for_auto_class(auto_class)
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str):
@@ -62,6 +40,15 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# `hf-lm --help` has to answer before torch is loaded; the commands register by themselves (hf_lm/cli/__init__.py).
-if os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0] not in ("hf-lm", "-m"):
+def _is_command() -> bool:
+    """Whether this process is `hf-lm` or `python -m hf_lm`, which has to answer `--help` before torch is loaded."""
+    name = os.path.basename((sys.argv or [""])[0])
+    if name == "-m":  # Python is still looking for the module: the name of it stands on its own command line
+        return "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1] == "hf_lm"
+    return name in ("hf-lm", "hf-lm.exe", "hf-lm-script.py")
+
+
+if not _is_command():  # the commands register when they load a model
+    from .loading import register_auto_classes
+
     register_auto_classes()

@@ -21,6 +21,7 @@ LEVELS = [
     ["tokenization"],
     ["data"],
     ["interop"],
+    ["loading"],
     ["__init__"],
     ["generation"],
     ["evaluation"],

@@ -1,48 +1,11 @@
-"""What several commands share: loading a model and its tokenizer with errors a person can act on."""
+"""What several commands share: the MODEL argument and texts of the command line."""
 
 import argparse
-import os
-from pathlib import Path
 
 from ..errors import InputError
-from ..files import read_json
-from ..interop.folders import is_missing_folder, outside_paths
+from ..loading import load_model, load_tokenizer, require_model
 
-
-def require_model(path: str) -> str:
-    """
-    The path or Hub id of a model, checked as far as that is possible without loading it.
-
-    Raises:
-        InputError: the folder does not exist, holds no config or no weights, or names files outside of itself.
-    """
-    if not os.path.isdir(path):
-        if is_missing_folder(path) or os.path.exists(path) or path.count("/") == 0:
-            raise InputError(f"{path}: no such model folder (a model of the Hub is named owner/name).")
-        return path
-    names = os.listdir(path)
-    if not {"config.json", "adapter_config.json"} & set(names):
-        raise InputError(f"{path}: not a model folder, it has no config.json.")
-    if not any(name.endswith((".safetensors", ".safetensors.index.json", ".gguf")) for name in names):
-        raise InputError(f"{path}: the model folder has no weights (model.safetensors).")
-    if outside := outside_paths(Path(path)):
-        raise InputError(f"{path}: the model folder names files outside of itself: {'; '.join(outside)}.")
-    base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
-    if base and not os.path.isdir(base):
-        from ..interop.adapters import base_of
-
-        if (found := base_of(path)) != base:
-            raise InputError(
-                f"{path}: its base model {base} is not in the current folder, but {found}: write that into "
-                "base_model_name_or_path of adapter_config.json, or use the output of hf-lm merge."
-            )
-        try:
-            require_model(base)
-        except InputError as error:
-            raise InputError(
-                f"{path}: names a base model in adapter_config.json that is not there: {error}"
-            ) from error
-    return path
+__all__ = ["add_model_arguments", "check_text", "load_model", "load_tokenizer", "require_model"]
 
 
 def check_text(text: str, name: str) -> str:
@@ -65,70 +28,3 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "float32")
     parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
     choices = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=choices, default=dtype, help=f"computed in; auto: as saved ({dtype})")
-
-
-def or_out_of_reach(path: str, error: InputError) -> InputError:
-    """The error itself; of a model that was never downloaded, while the Hub must not be asked, one with the way out."""
-    if os.path.isdir(path) or os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
-        return error
-    return InputError(
-        f"{path}: the model is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub. Run `hf download {path}` "
-        "without it once."
-    )
-
-
-def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
-    """
-    The causal language model (or another) in a folder or on the Hub, in evaluation mode, on the GPU if there is one.
-
-    Raises:
-        InputError: see `require_model`; or the files cannot be read as a model, or lack weights; or a language model is
-            asked for, and this one has another head.
-    """
-    require_model(path)
-    import hf_lm
-
-    hf_lm.register_auto_classes()
-    import torch
-    import transformers
-
-    from ..interop.adapters import check_base
-    from ..interop.convert import readable
-    from ..interop.heads import check_is_language_model
-    from ..interop.weights import check_complete, check_files, check_index
-
-    if os.path.isdir(path):
-        check_index(path)
-        check_files([str(file) for file in sorted(Path(path).glob("*.safetensors"))])
-    if auto_class == "AutoModelForCausalLM":
-        with readable(path):
-            check_is_language_model(path, "hf-lm demo and the pipelines of transformers use it.")
-    try:
-        with readable(path):
-            model, info = getattr(transformers, auto_class).from_pretrained(
-                path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-    except InputError as error:
-        raise or_out_of_reach(path, error) from error
-    check_complete(model, info, path)
-    check_base(path, model)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(path: str):
-    """
-    The tokenizer in a model folder or on the Hub.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    import hf_lm
-
-    hf_lm.register_auto_classes()  # else the library asks whether it may run the folder's copy of our code
-    from ..interop.convert import load_tokenizer, readable
-
-    with readable(path):
-        tokenizer = load_tokenizer(path)
-    if tokenizer is None:
-        raise or_out_of_reach(path, InputError(f"{path}: there is no tokenizer (tokenizer.json)."))
-    return tokenizer

@@ -14,7 +14,7 @@ from hf_lm.cli import COMMANDS
 
 # What people call; the rest of the package may change.
 MODULES = (
-    "tokenization", "data.documents", "data.packing", "data.examples", "app.run", "training.trainer",
+    "loading", "tokenization", "data.documents", "data.packing", "data.examples", "app.run", "training.trainer",
     "training.optimizers", "interop.adapters", "tasks.base", "evaluation.text", "evaluation.sentences",
     "evaluation.quality", "evaluation.probe", "evaluation.metrics.bits_per_byte", "evaluation.metrics.perplexity",
     "evaluation.metrics.classification", "evaluation.translation", "generation.conversation", "reports.explain",

@@ -7,8 +7,8 @@ import pytest
 from hub_server import OWNER
 from hub_server.client import Client, RemoteError
 
-from hf_lm.cli.common import require_model
 from hf_lm.errors import InputError
+from hf_lm.loading import require_model
 
 # A machine without hf_lm that generates with a model of the Hub.
 USE = """
@@ -28,7 +28,7 @@ def watch(event, arguments):
         builtins.left.append(repr(arguments))
 sys.addaudithook(watch)
 """
-PACKAGE = "import sys\nsys.modules.pop('hf_lm', None)\nimport hf_lm\nfrom hf_lm.cli.common import load_model, load_tokenizer\n"
+PACKAGE = "import sys\nsys.modules.pop('hf_lm', None)\nimport hf_lm\nfrom hf_lm import load_model, load_tokenizer\n"
 
 
 def put(hub, name: str, folder) -> str:

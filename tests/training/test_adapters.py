@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
-from hf_lm.cli.common import require_model
 from hf_lm.errors import InputError
 from hf_lm.interop.adapters import base_of
+from hf_lm.loading import require_model
 
 pytestmark = pytest.mark.slow  # needs peft, which the long tests install
 

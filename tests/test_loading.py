@@ -1,0 +1,53 @@
+"""`import hf_lm` registers the classes whoever starts Python; `load_model` and `load_tokenizer` check what they load."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.models import book_tokenizer, save_small_model
+
+import hf_lm
+from hf_lm.errors import InputError
+
+REGISTERED = "import transformers; print('hf_lm' in transformers.CONFIG_MAPPING)"
+
+
+def answer(*command: str, folder=None) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout.strip()
+
+
+@pytest.mark.parametrize("command", [["-m", "pkg.train"], ["-m", "pkg.train", "-m", "hf_lm"], ["pkg/train.py"]])
+def test_a_package_or_script_that_imports_hf_lm_registers_it(command, tmp_path):
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("import hf_lm\n")
+    (tmp_path / "pkg" / "train.py").write_text(f"import hf_lm\n{REGISTERED}\n")
+    assert answer(sys.executable, *command, folder=tmp_path) == "True"
+
+
+def test_help_of_the_module_imports_neither_torch_nor_transformers():
+    imported = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "hf_lm", "--help"], capture_output=True, text=True, check=True
+    )
+    names = {line.rpartition("|")[2].strip() for line in imported.stderr.splitlines()}
+    assert "hf_lm.cli" in names and not names & {"torch", "transformers"}
+
+
+def test_model_and_tokenizer_are_loaded_in_one_call_each(tmp_path):
+    tokenizer = book_tokenizer()
+    save_small_model(tmp_path, tokenizer)
+    model = hf_lm.load_model(str(tmp_path), dtype="bfloat16")
+    assert type(model) is hf_lm.HfLmForCausalLM and model.dtype == torch.bfloat16 and not model.training
+    assert hf_lm.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(InputError, match="the weights lack"):
+        hf_lm.load_model(str(tmp_path), "AutoModelForSequenceClassification")
+
+
+def test_what_cannot_be_loaded_is_named(tiny_model, tmp_path):
+    with pytest.raises(InputError, match="no such model folder"):
+        hf_lm.load_model(str(tmp_path / "nothing"))
+    tiny_model.config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no weights"):
+        hf_lm.load_model(str(tmp_path))
+    with pytest.raises(InputError, match="there is no tokenizer"):
+        hf_lm.load_tokenizer(str(tmp_path))
