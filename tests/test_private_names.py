@@ -39,7 +39,7 @@ PRIVATE = {
     ),
     "torch._dynamo.exc": ("kernels/loss.py", "names the error of a failed compilation", "a public exception"),
     "torch._subclasses.fake_tensor": (
-        "anatomy.py modeling_hf_lm.py planning/plan.py",
+        "anatomy.py planning/plan.py",
         "runs a model without memory, and recognizes such a run",
         "a public FakeTensorMode",
     ),
@@ -52,6 +52,11 @@ PRIVATE = {
         "kernels/gradients.py",
         "forward-mode derivatives cannot pass the hand-written backward",
         "a predicate for forward mode",
+    ),
+    "torch.compiler._is_exporting_flag": (
+        "kernels/gradients.py",
+        "is_exporting() is True in any graph of torch 2.9 to 2.11",
+        "is_exporting() from torch 2.12 on",
     ),
     "torch.cpu._is_vnni_supported": ("generation/packed.py", "picks the 8-bit kernel", "public CPU capabilities"),
     "torch.nn.Module._forward_hooks": ("modeling_hf_lm.py", "a hooked head must be called", "a list of hooks"),

@@ -14,7 +14,7 @@ def is_compiled() -> bool:
     Whether this is traced by `torch.compile`, and not for an export. (In any graph of PyTorch 2.9 to 2.11
     `torch.compiler.is_exporting` is True.)
     """
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
 
 
 def uses_plain_backward() -> bool:
