@@ -25,7 +25,7 @@ from hf_lm.cli import COMMANDS, main
 
 REPOSITORY = Path(__file__).parents[2]
 GUIDES = REPOSITORY / "recipes" / "guides"
-PAGES = [REPOSITORY / "README.md", *sorted(GUIDES.glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(GUIDES.glob("*.md"))]
 PAGES += sorted((REPOSITORY / "recipes").glob("*/README.md"))
 PAGES = [page for page in PAGES if page.name != "api.md"]
 # The same commands, on less: what is shown is that they run, not what comes out.
@@ -33,7 +33,7 @@ SHORTER = (
     "--max_steps 2 --logging_steps 1 --max_train_samples 60 --max_eval_samples 4 --eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2 "
     "--per_device_train_batch_size 2 --sample_tokens 2"
 )
-SKIPPED = ("pip install", "pytest", "hf auth login", "hf download")  # .ci/run does what the README begins with
+SKIPPED = ("pip install", "pytest", "ruff", "hf auth login", "hf download")  # .ci/run does what the README begins with
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -70,7 +70,7 @@ def run_bash(text: str) -> None:
     try:
         for line in lines:
             parts = [part.strip() for part in line.split("&&")]
-            for part in parts if all(re.match(r"pip |hf-lm |pytest", part) for part in parts) else [line.strip()]:
+            for part in parts if all(re.match(r"pip |hf-lm |pytest|ruff ", part) for part in parts) else [line.strip()]:
                 if part.startswith(SKIPPED):
                     continue
                 if part.endswith("&"):
@@ -137,8 +137,9 @@ def test_examples_of_the_reference_run(workplace):
 def test_every_block_is_of_a_kind_that_is_run():
     for page in PAGES:
         fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.M)
-        assert set(fences[::2]) <= {"bash", "python"} and set(fences[1::2]) <= {""}, page
-        assert len(blocks(page)) == len(fences) // 2, page
+        kinds = [kind for kind in fences[::2] if kind != "text"]  # a picture
+        assert set(kinds) <= {"bash", "python"} and set(fences[1::2]) <= {""}, page
+        assert len(blocks(page)) == len(kinds), page
 
 
 def test_what_pip_is_told_is_told_by_the_workflow_too_and_extras_exist():
