@@ -70,7 +70,9 @@ def run_bash(text: str) -> None:
     try:
         for line in lines:
             parts = [part.strip() for part in line.split("&&")]
-            for part in parts if all(re.match(r"pip |hf-lm |pytest|ruff ", part) for part in parts) else [line.strip()]:
+            for part in (
+                parts if all(re.match(r"pip |hf-lm |pytest|ruff ", part) for part in parts) else [line.strip()]
+            ):
                 if part.startswith(SKIPPED):
                     continue
                 if part.endswith("&"):
