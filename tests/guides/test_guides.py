@@ -166,7 +166,7 @@ def test_options_and_keys_named_in_a_sentence_exist():
     for module, _ in COMMANDS.values():
         parser = argparse.ArgumentParser()
         importlib.import_module(f"hf_lm.cli.{module}").add_arguments(parser)
-        options |= set(parser._option_string_actions)
+        options |= set(re.findall(r"(?<![\w-])--[\w-]+", parser.format_help()))
     keys |= {field.name for field in fields(HfLmConfig)}
     for page in (REPOSITORY / "README.md", *(page for page in PAGES if page.parent == GUIDES)):
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from contract.harness.tested_configs import tiny_config
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, train_tokenizer
 
+EXACT = {"rtol": 1e-4, "atol": 2e-5}
 MOBY_DICK = Path(__file__).parents[2] / "recipes" / "moby_dick" / "data" / "moby_dick.txt"
 
 
@@ -29,3 +31,14 @@ def save_small_model(folder, tokenizer: PreTrainedTokenizerFast, cls: type = HfL
     small_model(tokenizer, cls, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def build(name: str = "default", attention: str = "eager", **changes) -> HfLmForCausalLM:
+    """A seeded model with weights large enough that every part of it shows in the logits."""
+    torch.manual_seed(0)
+    changes = {"initializer_range": 0.2, **changes}
+    return HfLmForCausalLM._from_config(tiny_config(name, **changes), attn_implementation=attention).eval()
+
+
+def draw_ids(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 99, shape, generator=torch.Generator().manual_seed(seed))
