@@ -1,6 +1,5 @@
 """What a finished run leaves: metrics.json, the loss curve, the card, the recipe as it was run."""
 
-import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,7 +11,10 @@ from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data.documents import data_sha256
+from ..errors import CRASH_FILE
+from ..files import write_text
 from ..hardware import describe_hardware, peak_memory
+from ..records import write_metrics
 from ..reports.curve import plot_loss_curve
 from ..reports.report import write_report
 from ..training.keys import defaults_of_run
@@ -46,7 +48,7 @@ def recipe_of(model_arguments, data_arguments, training_arguments) -> dict:
 
 def write_recipe(folder: Path, recipe: dict) -> None:
     """Keep the recipe in the output folder."""
-    (folder / RECIPE_FILE).write_text(write_yaml(recipe), encoding="utf-8")
+    write_text(folder / RECIPE_FILE, write_yaml(recipe))
 
 
 def git_revision() -> str | None:
@@ -126,9 +128,8 @@ def save_run(trainer: HfLmTrainer, metrics: dict) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
-        (folder / "metrics.json").write_text(
-            json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (folder / CRASH_FILE).unlink(missing_ok=True)
+        write_metrics(folder, metrics)
         plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
         write_card(folder)
         write_report(folder)

@@ -1,7 +1,6 @@
 """A training run from recipe to finished folder: tokenizer, data, model, training, evaluation, card."""
 
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -17,10 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from ..data.arguments import DataArguments
 from ..data.documents import describe_split
 from ..data.examples import show_example
-from ..errors import InputError
+from ..errors import CRASH_FILE, InputError, keep_traceback
 from ..hardware import hand_back_memory, keep_freed_memory, peak_memory
 from ..hub.push import PushCallback
 from ..planning.forecast import forecast, in_words
+from ..records import VERSION, read_metrics
 from ..reports.report import measure_quality
 from ..tasks import task_class
 from ..training.arguments import HfLmTrainingArguments, ModelArguments
@@ -139,9 +139,15 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
 
 def costs_of(folder: Path) -> dict:
     """What a run's `metrics.json` says of its costs; `{}` if there is none."""
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    metrics = read_metrics(folder)
     return {key: metrics[key] for key in COSTS if key in metrics}
+
+
+def keep_run_traceback(error: Exception, arguments: HfLmTrainingArguments) -> None:
+    """Write the traceback of a crash to the run's folder, `crash.txt`; to a temporary file if it holds no run yet."""
+    folder, process = Path(arguments.output_dir), arguments.process_index
+    is_run = (folder / RECIPE_FILE).exists()
+    keep_traceback(error, folder if is_run else None, f"crash-{process}.txt" if process else CRASH_FILE)
 
 
 def train(
@@ -197,7 +203,12 @@ def train(
     elif predicted:
         print(f"Actual: {in_words(actual, predicted)}", file=sys.stderr)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    metrics = {"task": data_arguments.task, **task.scores(trainer), "train_loss": losses[-1] if losses else None}
+    metrics = {
+        "version": VERSION,
+        "task": data_arguments.task,
+        **task.scores(trainer),
+        "train_loss": losses[-1] if losses else None,
+    }
     metrics |= {"predicted": predicted, "actual": actual}
     metrics["quality"] = measure_quality(trainer)
     metrics |= describe(trainer, model_arguments, data_arguments, time.perf_counter() - start)

@@ -4,7 +4,8 @@ The `hf-lm` command. One thin module for each sub-command: `add_arguments(parser
 To add a command, add its module here and a line to `COMMANDS`. Modules are imported only when they are called, and
 import torch only inside `run`, so that help and usage errors answer at once.
 
-Exit codes: 0 success, 1 failure, 2 a mistake in the input (one line on standard error), 130 interrupted.
+Exit codes: 0 success, 1 failure or crash, 2 invalid input, 130 interrupted. An error is one line on standard error; that
+of a crash names the file that holds the traceback.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import re
 import sys
 
 from .. import __version__
-from ..errors import one_line
+from ..errors import Failure, is_invalid_input, keep_traceback, one_line
 from ..synonyms import closest
 
 # command: (module in this folder, what it does)
@@ -87,11 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # what cannot be printed (lone surrogates, a terminal without UTF-8) is shown
+    if hasattr(sys.stdout, "reconfigure"):  # lone surrogates, a terminal without UTF-8: print escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a command has one progress bar: its own
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):  # read when torch is loaded
+        os.environ["GOMP_SPINCOUNT"] = "10000"  # two runs on the same cores must not wait for each other spinning
     named = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
     options = build_parser().parse_args(argv[: named + 1])
     module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)
@@ -109,5 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"hf-lm {options.command}: {one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        is_crash = not (is_invalid_input(error) or isinstance(error, Failure))
+        about = f" (a crash: its traceback is {keep_traceback(error)})" if is_crash else ""
+        print(f"hf-lm {options.command}: {one_line(error)}{about}", file=sys.stderr)
+        return 2 if is_invalid_input(error) else 1

@@ -1,4 +1,4 @@
-"""Check a model folder, ours or not, against what users trip over: hf-lm doctor PATH. Exits with the number of failures."""
+"""Check a model folder, ours or not, against what users trip over: hf-lm doctor PATH. Exits with 1 if a check fails."""
 
 import argparse
 import json
@@ -24,4 +24,4 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
         print(*findings, sep="\n")
-    return sum(finding.problem is not None for finding in findings)
+    return int(any(finding.problem is not None for finding in findings))

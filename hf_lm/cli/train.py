@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 from ..data.arguments import DataArguments
+from ..errors import Failure, InputError
 from ..training.keys import EVERY_RUN, NEW_MODEL, ModelArguments, TrainingKeys
 
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     hf_lm.register_auto_classes()
     from transformers.utils import logging
 
-    from ..app.run import Interrupted, train
+    from ..app.run import Interrupted, keep_run_traceback, train
     from ..training.arguments import parse_recipe
 
     logging.disable_progress_bar()  # of each saved or loaded weight; the training keeps its own
@@ -51,6 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return interruption.exit_code
+    except (InputError, Failure):
+        raise
+    except Exception as error:
+        keep_run_traceback(error, parsed[2])
+        raise
     if parsed[2].process_index == 0:
         summary = metrics["summary"] and metrics["summary"] + ", "
         print(

@@ -10,7 +10,7 @@ from ..interop.folders import is_outside
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
 # Of a training run, not of the model: never pushed. Folders first.
 NOT_THE_MODEL = re.compile(
-    r"(^|/)([^/]*checkpoint-\d+|runs|logs|wandb|__pycache__|\.[^/]*)(/|$)|(^|/)events\.out\.|\.tmp$|~$"
+    r"(^|/)([^/]*checkpoint-\d+|runs|logs|wandb|__pycache__|\.[^/]*)(/|$)|(^|/)(events\.out\.|crash(-\d+)?\.txt$)|\.tmp$|~$"
 )
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import InputError, explained
+from ..errors import Failure, InputError, explained
 from .card import missing_from_card
 from .doctor import examine
 from .files import PICKLES, model_files, secrets_in
@@ -20,7 +20,7 @@ SHOWN = 8  # problems named in one error
 REQUIRED = ("config.json", "tokenizer_config.json", "README.md")  # and what the doctor asks of a language model
 
 
-class PushFailed(RuntimeError):
+class PushFailed(Failure):
     """The upload did not end well; the message says what the remote holds and how to go on."""
 
 

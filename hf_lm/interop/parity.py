@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import Failure
 from .heads import HEADS
 
 LARGEST_DIFFERENCE = 1e-3
@@ -85,7 +86,7 @@ def compare(
     logits = [head_outputs(one, ids) for one in (model, reference)]
     difference = (logits[0] - logits[1]).abs().max().item()
     if not difference <= LARGEST_DIFFERENCE:  # a NaN is no success
-        raise RuntimeError(
+        raise Failure(
             f"The logits of both models on the same text differ by up to {difference:.3g}; at most "
             f"{LARGEST_DIFFERENCE:g} is allowed. Nothing was written."
         )

@@ -9,11 +9,13 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.utils import get_total_norm
 
+from ..errors import Failure
+
 WINDOW, ENOUGH = 100, 10  # a spike is measured against the mean of so many losses, at most and at least
 SHOWN = 4  # processes that a message tells about
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(Failure):
     """The loss or a gradient became NaN or infinite: the run stops before the optimizer spoils the weights."""
 
 

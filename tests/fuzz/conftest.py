@@ -36,7 +36,7 @@ class Outcome:
         assert not self.events, f"{self.events}{said}"
         assert "Traceback" not in self.stderr and "panicked" not in self.stderr, said
         if self.argv[0] == "doctor" and self.stdout:  # a finding is a line of its report
-            assert bool(self.code) == ("FAIL" in self.stdout), said
+            assert self.code == int("FAIL" in self.stdout), said
         elif self.code != 0:
             assert self.code in (1, 2), said
             lines = self.stderr.strip("\n").split("\n")

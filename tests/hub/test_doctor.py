@@ -29,10 +29,10 @@ def test_a_finished_folder_is_well(finished_folder, capsys):
     assert len(lines) == len(CHECKS) and all(line.startswith("pass") for line in lines)
 
 
-def test_the_exit_code_counts_the_failures_and_json_names_them(model_folder, capsys):
+def test_the_exit_code_is_1_if_a_check_fails_and_json_names_them(model_folder, capsys):
     (model_folder / "generation_config.json").unlink()
     (model_folder / "optimizer.pt").write_bytes(b"")
-    assert main(["doctor", str(model_folder), "--json"]) == 2
+    assert main(["doctor", str(model_folder), "--json"]) == 1
     failed = [finding for finding in json.loads(capsys.readouterr().out) if finding["problem"]]
     assert [finding["check"] for finding in failed] == ["no pickle files", "generation config is consistent"]
     assert all(finding["mend"] for finding in failed)
