@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from ..evaluation.text import encode_prompt
     from ..generation.packed import optimize_where_it_pays
+    from ..generation.prompts import encode_prompt
 
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     ids = encode_prompt(tokenizer, arguments.prompt)

@@ -27,6 +27,7 @@ from collections import Counter, defaultdict
 from torch import nn
 
 from ..errors import InputError
+from ..generation.prompts import context_limit
 from .sentences import score_sentences
 
 CASE = {"him": "he", "me": "I", "them": "they", "us": "we"}
@@ -123,7 +124,7 @@ def probe(
     Raises:
         InputError: the text has no sentence to which a rule applies.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = context_limit(model) or math.inf
     trigrams = WordTrigrams(earlier) if earlier else None
     results: dict[str, dict] = {}
     judged: dict[str, list[bool]] = {"model": [], "trigrams": []}

@@ -8,7 +8,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..data.packing import IGNORED
 from ..errors import InputError
-from .text import context_prefix, score_windows
+from ..generation.prompts import context_limit, context_prefix
+from .text import score_windows
 
 
 @dataclass
@@ -54,7 +55,7 @@ def score_sentences(model: nn.Module, tokenizer, sentences: list[str], batch_siz
         InputError: a sentence is empty, or longer than the model can take.
     """
     prefix = context_prefix(tokenizer)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_limit(model)
     encoded = []
     for sentence in sentences:
         ids = tokenizer(sentence, add_special_tokens=False, verbose=False)["input_ids"]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.packing import IGNORED, encode_documents, evaluation_windows, segment_prefix, segments
 from ..errors import InputError
+from ..generation.prompts import context_limit, context_prefix
 
 PIECE = 128  # bytes of the smallest piece of text that is looked at on its own
 # Where there are few documents, so many runs of text are resampled. Runs must be long, for hard passages are: on a tenth
@@ -37,26 +38,6 @@ def token_log_probabilities(model: nn.Module, input_ids: torch.Tensor, labels: t
     logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[:, :-1].float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
     return nn.functional.pad(-losses, (1, 0))
-
-
-def context_prefix(tokenizer) -> list[int]:
-    """
-    What stands before a text when it is scored: the tokenizer's own prefix, or, if it has none, bos or eos, so that
-    the first token is scored too (as lm-eval does).
-    """
-    if prefix := segment_prefix(tokenizer):
-        return prefix
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [] if first is None else [first]
-
-
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """
-    The tokens of a text that is to be continued: what the tokenizer puts before a text, and the text. What it puts
-    behind one (eos) would end it. Of an empty text: what starts one.
-    """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*segment_prefix(tokenizer), *ids] or context_prefix(tokenizer)
 
 
 def without_ending(tokenizer):
@@ -256,7 +237,7 @@ def score_documents(
     Raises:
         InputError: there is nothing to score, or `block_size` or `stride` does not fit.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(model)
     block_size = block_size or min(limit or 1024, 2048)
     prefix = context_prefix(tokenizer)
     if block_size <= max(len(prefix), 1) or block_size > (limit or block_size):

@@ -5,9 +5,9 @@ import math
 import threading
 from collections.abc import Iterable
 
-import torch
-
 from ..errors import InputError, explained
+from .decoding import GREEDY, evaluating, generate_batch, stop_tokens
+from .prompts import context_limit
 
 
 def check_template(tokenizer, seconds: float = 5.0) -> None:
@@ -71,17 +71,11 @@ def fit_conversation(
     return messages, ids, max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
 
 
-def context_limit(model) -> int | None:
-    """Tokens that the model takes at once, or None."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-@torch.no_grad()
 def first_answers(
     model, tokenizer, conversations: Iterable[dict], max_new_tokens: int = 128, batch_size: int = 16
 ) -> list[dict]:
     """
-    The model's likeliest answer to the opening of each conversation.
+    Answer the opening of each conversation by greedy decoding.
 
     Args:
         conversations: rows with `messages`; what comes before the first message of the assistant is the prompt. One
@@ -91,8 +85,7 @@ def first_answers(
     Returns:
         `prompt` (messages), `answer`, and `ended`: whether it ended by itself within `max_new_tokens`.
     """
-    limit, stops = context_limit(model), model.generation_config.eos_token_id
-    stops = torch.tensor([stops] if isinstance(stops, int) else stops or [], device=model.device)
+    limit, stops = context_limit(model), stop_tokens(model)
     room = min(max_new_tokens, (limit or 2 * max_new_tokens) // 2)
     prompts = []
     for row in conversations:
@@ -101,21 +94,11 @@ def first_answers(
         ids = prompt_ids(tokenizer, turns[:answer]) if answer else []
         if ids and len(ids) + room <= (limit or math.inf):
             prompts.append((turns[:answer], ids))
-    pad = next((index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id) if index is not None), 0)
     answers = []
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(prompts), batch_size):
-        batch = [ids for _, ids in prompts[start : start + batch_size]]
-        gaps = [max(map(len, batch)) - len(ids) for ids in batch]
-        rows = [[pad] * gap + ids for gap, ids in zip(gaps, batch, strict=True)]
-        masks = [[0] * gap + [1] * (len(ids) - gap) for gap, ids in zip(gaps, rows, strict=True)]
-        inputs = {"input_ids": rows, "attention_mask": masks}
-        inputs = {name: torch.tensor(values, device=model.device) for name, values in inputs.items()}
-        output = model.generate(**inputs, max_new_tokens=room, do_sample=False, temperature=None, top_p=None, top_k=None)  # fmt: skip
-        new = output[:, inputs["input_ids"].shape[1] :]
-        for (prompt, _), ids in zip(prompts[start:], new, strict=False):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            answers.append({"prompt": prompt, "answer": text, "ended": bool(torch.isin(ids, stops).any())})
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(prompts), batch_size):
+            turns, batch = zip(*prompts[start : start + batch_size], strict=True)
+            for prompt, ids in zip(turns, generate_batch(model, list(batch), room, **GREEDY), strict=True):
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answers.append({"prompt": prompt, "answer": text, "ended": not stops.isdisjoint(ids)})
     return answers

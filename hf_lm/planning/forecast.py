@@ -15,8 +15,8 @@ import psutil
 import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
+from ..generation.decoding import continue_prompts
 from ..hardware import peak_memory
-from ..training.callbacks import continue_prompts
 
 WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
 SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
@@ -157,12 +157,11 @@ def _evaluation_seconds(twin, batches: int) -> float:
 def _sample_seconds(twin, tokens: int = 12) -> float:
     if not twin.args.sample_prompts:
         return 0.0
-    times, whole = [], twin.args.sample_tokens
-    for twin.args.sample_tokens in (1, tokens):  # the first is not counted
+    for count in (1, tokens):  # the first is not counted
         times = [_now(twin.args.device)]
-        continue_prompts(twin)
+        continue_prompts(twin.model, twin.processing_class, twin.args.sample_prompts, count)
         times.append(_now(twin.args.device))
-    return _mean(times) * whole / tokens
+    return _mean(times) * twin.args.sample_tokens / tokens
 
 
 def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:

@@ -15,7 +15,7 @@ from torch import nn
 from ..anatomy import decoder_layers
 from ..errors import InputError
 from ..evaluation.sentences import token_texts
-from ..evaluation.text import context_prefix
+from ..generation.prompts import context_prefix
 
 MAX_TOKENS = 128  # more cannot be read on a page
 BIT = math.log(2)  # nats

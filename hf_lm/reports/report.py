@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from ..data.collator import SIZE
 from ..evaluation.quality import sample_quality, token_calibration
+from ..generation.decoding import continue_prompts
 from ..hub.card import RESULTS, class_rows, compute_facts, read_recipe, shown
-from ..training.callbacks import continue_prompts
 from .page import write_page
 
 POINTS = 1000  # of a curve, at most
@@ -70,7 +70,9 @@ def measure_quality(trainer) -> dict:
         batches = islice(trainer.get_eval_dataloader(), CALIBRATED)
         quality = token_calibration(model, ({k: batch[k] for k in batch if k != SIZE} for batch in batches))
     if trainer.args.sample_prompts and isinstance(trainer.train_dataset, Dataset):
-        samples = [sample["text"].removeprefix(sample["prompt"]) for sample in continue_prompts(trainer, PER_PROMPT)]
+        args, tokenizer = trainer.args, trainer.processing_class
+        found = continue_prompts(model, tokenizer, args.sample_prompts, args.sample_tokens, PER_PROMPT, args.seed)
+        samples = [sample["text"].removeprefix(sample["prompt"]) for sample in found]
         text = ""
         for rows in trainer.train_dataset.select_columns("input_ids").with_format(None).iter(1000):
             text += trainer.processing_class.decode([*chain(*rows["input_ids"])], skip_special_tokens=True)

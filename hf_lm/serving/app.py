@@ -25,8 +25,7 @@ from transformers import GenerationConfig
 from transformers.cli.serving.utils import build_response_parser, get_response_template
 
 from ..errors import one_line
-from ..evaluation.text import encode_prompt
-from ..generation.conversation import context_limit
+from ..generation.prompts import context_limit, encode_prompt
 from .answers import Answer, AnswerError, Chat, Completion
 from .engine import Engine, Piece, Row, Text
 from .protocol import BadRequest, ChatRequest, CompletionRequest, parse

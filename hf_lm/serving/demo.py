@@ -14,9 +14,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextClassificat
 
 from ..errors import InputError
 from ..evaluation.sentences import score_sentences
-from ..evaluation.text import encode_prompt
 from ..evaluation.translation import pairs_of, translate
-from ..generation.conversation import context_limit, fit_conversation
+from ..generation.conversation import fit_conversation
+from ..generation.prompts import context_limit, encode_prompt
 
 FULL_COLOUR = 16  # bits: a token as surprising as this has the strongest colour
 

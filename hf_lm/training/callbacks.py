@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..evaluation.text import encode_prompt
+from ..generation.decoding import continue_prompts
 
 
 class HfLmProgressCallback(ProgressCallback):
@@ -51,27 +51,6 @@ class HfLmProgressCallback(ProgressCallback):
         self.training_bar.set_postfix(self.shown, refresh=False)
 
 
-@torch.no_grad()
-def continue_prompts(trainer, count: int = 1) -> list[dict]:
-    """`prompt` and `text` of samples, `count` for each of the recipe's prompts; always the same of the same weights."""
-    model, tokenizer, args = trainer.model, trainer.processing_class, trainer.args
-    was_training, use_cache = model.training, model.config.use_cache
-    model.eval()
-    samples = []
-    options = {"do_sample": True, "num_beams": 1, "temperature": 0.8, "use_cache": True, "num_return_sequences": count}
-    # The training's own random numbers must not depend on whether somebody looks.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        for prompt in args.sample_prompts:
-            ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            for output in model.generate(**inputs, max_new_tokens=args.sample_tokens, **options):
-                samples.append({"prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True)})
-    model.train(was_training)
-    model.config.use_cache = use_cache
-    return samples
-
-
 class SampleCallback(TrainerCallback):
     """
     Continue some prompts at each evaluation. The samples go to the terminal, `samples.jsonl` and TensorBoard, which gets
@@ -97,7 +76,9 @@ class SampleCallback(TrainerCallback):
                 board.add_histogram(name, parameter, state.global_step)
         if not args.sample_prompts or not (state.is_world_process_zero or self.trainer.is_sharded):
             return
-        samples = continue_prompts(self.trainer)
+        samples = continue_prompts(
+            model, self.trainer.processing_class, args.sample_prompts, args.sample_tokens, seed=args.seed
+        )
         if not state.is_world_process_zero:
             return
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:

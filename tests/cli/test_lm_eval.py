@@ -10,7 +10,7 @@ from tokenizers import processors
 from hf_lm import HfLmConfig, HfLmForSequenceClassification
 from hf_lm.cli import main
 from hf_lm.evaluation.probe import minimal_pairs, sentences
-from hf_lm.evaluation.text import encode_prompt
+from hf_lm.generation.prompts import encode_prompt
 
 pytestmark = pytest.mark.slow
 

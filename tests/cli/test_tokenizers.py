@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from hf_lm import HfLmForCausalLM
 from hf_lm.cli import main
-from hf_lm.evaluation.text import encode_prompt, score_documents, without_ending
+from hf_lm.evaluation.text import score_documents, without_ending
 from hf_lm.generation.conversation import first_answers
+from hf_lm.generation.prompts import encode_prompt
 from hf_lm.hub.doctor import examine
 
 BOS, EOS = "<|bos|>", "<|eos|>"
