@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from contract.harness.tested_configs import tiny_config
+from helpers.models import draw_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
 
@@ -24,10 +25,6 @@ WORDS = ["<pad>", "<bos>", "<eos>", "the", "whale", "is", "white", "and", "swims
 def build(head, name: str = "default", **changes):
     torch.manual_seed(0)
     return head(tiny_config(name, **{"initializer_range": 0.2, **changes})).eval()
-
-
-def draw_ids(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(3, 99, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
