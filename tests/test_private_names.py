@@ -58,7 +58,6 @@ PRIVATE = {
         "is_exporting() is True in any graph of torch 2.9 to 2.11",
         "is_exporting() from torch 2.12 on",
     ),
-    "torch.cpu._is_vnni_supported": ("generation/packed.py", "picks the 8-bit kernel", "public CPU capabilities"),
     "torch.nn.Module._forward_hooks": ("modeling_hf_lm.py", "a hooked head must be called", "a list of hooks"),
     "torch.nn.Module._forward_pre_hooks": ("modeling_hf_lm.py", "a hooked head must be called", "a list of hooks"),
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": (
@@ -69,11 +68,7 @@ PRIVATE = {
     "torch.ops.aten._to_copy": (
         "planning/plan.py training/device_tuning.py", "what `.to()` records", "a public name of the operator"
     ),
-    "torch.ops.mkldnn._is_mkldnn_bf16_supported": (
-        "generation/packed.py", "picks the matmul kernel", "public CPU capabilities"
-    ),
     "torch.ops.mkldnn._linear_pointwise": ("generation/packed.py", "matmul on a prepacked weight", "public prepacking"),
-    "torch.ops.mkldnn._nbytes": ("generation/packed.py", "size of a prepacked weight", "public prepacking"),
     "torch.ops.mkldnn._reorder_linear_weight": ("generation/packed.py", "weight prepacking", "public prepacking"),
     "torch.utils._python_dispatch": ("planning/plan.py", "counts what a step stores", "a public dispatch mode"),
     "torch.utils._pytree": ("planning/plan.py", "maps over an operator's arguments", "a public pytree"),
@@ -91,9 +86,6 @@ PRIVATE = {
         "an option of save_pretrained",
     ),
     "transformers.PreTrainedModel._from_config": ("planning/plan.py", "heads without an Auto class", "from_config"),
-    "transformers.GenerationMixin._get_logits_processor": (
-        "serving/engine.py", "sampling in the server's own loop", "a public builder of processors"
-    ),
     "transformers.PreTrainedModel._hf_peft_config_loaded": (
         "interop/weights.py", "tells an adapter's files", "a public predicate"
     ),
@@ -101,9 +93,6 @@ PRIVATE = {
         "interop/weights.py", "checks the weights that were found", "a hook between loading and reporting"
     ),
     "transformers.PreTrainedModel._loss_function": ("modeling_hf_lm.py", "a loss set by the user wins", "a getter"),
-    "transformers.GenerationMixin._prepare_special_tokens": (
-        "serving/engine.py", "sampling in the server's own loop", "a public builder of processors"
-    ),
     "transformers.core_model_loading._weight_conversions": (
         "interop/convert.py interop/weights.py",
         "names of the other family when loading and saving",

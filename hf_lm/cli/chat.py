@@ -5,20 +5,17 @@ import sys
 
 from ..errors import InputError
 from .common import add_model_arguments, check_text, load_model, load_tokenizer
-from .generate import check
+from .generate import add_sampling_arguments, sampling_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, dtype="auto")
     parser.add_argument("--system", help="a system message in front of every conversation")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of an answer at most (200)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability that is sampled from (0.95)")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same answers (drawn)")
+    add_sampling_arguments(parser, temperature=0.0)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check(arguments)
+    settings = sampling_settings(arguments)
     check_text(arguments.system or "", "--system")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # one wrong byte does not end the conversation
@@ -26,8 +23,10 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from ..generation.conversation import check_template, context_limit, fit_conversation
+    from ..generation.conversation import check_template, fit_conversation
+    from ..generation.decoding import generate_batch
     from ..generation.packed import optimize_where_it_pays
+    from ..generation.prompts import context_limit
 
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if not tokenizer.chat_template:
@@ -36,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     optimize_where_it_pays(model)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if arguments.temperature > 0:
-        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+    settings["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages = list(opening)
     while True:
         try:
@@ -62,13 +59,5 @@ def run(arguments: argparse.Namespace) -> int:
                 f"The conversation outgrows the model: its oldest {left_out} messages are left out.", file=sys.stderr
             )
             messages = kept
-        input_ids = torch.tensor([ids], device=model.device)
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=room,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
-        answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
-        messages.append({"role": "assistant", "content": answer})
+        (new,) = generate_batch(model, [ids], room, **settings)
+        messages.append({"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True).strip()})

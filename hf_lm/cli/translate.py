@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="source", metavar="LANGUAGE", help="needed where --to alone may be several pairs"
     )
-    parser.add_argument("--beams", type=int, default=4, help="translations kept in view at each word (4)")
+    parser.add_argument("--beams", type=int, default=4, help="beam size (4)")
     parser.add_argument("--json", action="store_true", help="print pair and translations as JSON")
     parser.parse_args = parser.parse_intermixed_args  # options may stand between MODEL and TEXT
 

@@ -85,7 +85,7 @@ def first_answers(
     Returns:
         `prompt` (messages), `answer`, and `ended`: whether it ended by itself within `max_new_tokens`.
     """
-    limit, stops = context_limit(model), stop_tokens(model)
+    limit, stops = context_limit(model), stop_tokens(model.generation_config)
     room = min(max_new_tokens, (limit or 2 * max_new_tokens) // 2)
     prompts = []
     for row in conversations:

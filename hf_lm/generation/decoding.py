@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .prompts import encode_prompt
 
@@ -15,7 +15,7 @@ GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 def decoding_settings(temperature: float, top_p: float = 1.0) -> dict:
     """Return `generate()`'s settings: greedy decoding at temperature 0, else sampling from the top `top_p`."""
     if temperature == 0:
-        return GREEDY
+        return dict(GREEDY)
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
@@ -50,9 +50,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def stop_tokens(model: nn.Module) -> set[int]:
+def stop_tokens(config: GenerationConfig) -> set[int]:
     """Return the tokens that end an answer."""
-    stops = model.generation_config.eos_token_id
+    stops = config.eos_token_id
     return {stops} if isinstance(stops, int) else set(stops or ())
 
 
@@ -84,7 +84,7 @@ def generate_batch(model: nn.Module, prompts: list[list[int]], max_new_tokens: i
         use_cache=True,  # training turns it off
         **settings,
     )
-    answers, stops = output[:, width:].tolist(), stop_tokens(model)
+    answers, stops = output[:, width:].tolist(), stop_tokens(model.generation_config)
     ends = [next((place for place, token in enumerate(ids, 1) if token in stops), None) for ids in answers]
     return [ids[:end] for ids, end in zip(answers, ends, strict=True)]
 

@@ -13,8 +13,9 @@ import ctypes
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,12 +38,29 @@ from ..modeling_hf_lm import (
 
 HUGE_PAGE = 2**21  # bytes
 HAS_FBGEMM = torch.backends.quantized.engine in ("x86", "fbgemm")  # products with 16- and 8-bit weights
-HAS_VNNI = getattr(torch.cpu, "_is_vnni_supported", bool)()  # 8-bit products that do not overflow between
 
 
+def has_vnni() -> bool:
+    """Whether the CPU has AVX512-VNNI, whose 8-bit matmuls do not overflow in between."""
+    if hasattr(torch.cpu, "get_capabilities"):  # which older releases of torch lack
+        return torch.cpu.get_capabilities().get("avx512_vnni", False)
+    path = Path("/proc/cpuinfo")
+    return path.exists() and "avx512_vnni" in path.read_text(encoding="utf-8")
+
+
+HAS_VNNI = has_vnni()
+
+
+@cache
 def computes_in_bfloat16() -> bool:
-    """Whether a model in bfloat16 stays in it: where FBGEMM is the other choice, if the CPU's own products in it are fast."""
-    return has_fast_bfloat16("cpu") if HAS_FBGEMM else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether a model in bfloat16 stays in it: where its matmuls are fast, or, without FBGEMM, where there are any."""
+    if HAS_FBGEMM:
+        return has_fast_bfloat16("cpu")
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), 1)
+    except RuntimeError:
+        return False
+    return True
 
 
 def fits_half(weight: torch.Tensor, error: float) -> bool:
@@ -253,8 +271,8 @@ def use_huge_pages(layers: list[PackedLinear]) -> None:
     for layer in layers:
         if layer.in_half or layer.in_int8:  # whose memory is not to be had
             continue
-        start, size = torch.ops.mkldnn.data_ptr(layer.packed), torch.ops.mkldnn._nbytes(layer.packed)
-        end = -(-(start + size) // HUGE_PAGE) * HUGE_PAGE
+        start = torch.ops.mkldnn.data_ptr(layer.packed)
+        end = -(-(start + layer.weight_bytes) // HUGE_PAGE) * HUGE_PAGE
         start = start // HUGE_PAGE * HUGE_PAGE
         for advice in (14, 25):  # MADV_HUGEPAGE, MADV_COLLAPSE
             madvise(start, end - start, advice)

@@ -140,7 +140,7 @@ class _Server:
     # ----- settings -----
 
     def config(self, request: CompletionRequest | ChatRequest) -> GenerationConfig:
-        config = deepcopy(self.model.generation_config)
+        config = deepcopy(self.engine.defaults)
         given = request.generation_config.model_dump(exclude_none=True) if request.generation_config else {}
         given |= request.model_dump(include={"temperature", "top_p"}, exclude_none=True)
         config.update(**given)

@@ -3,66 +3,43 @@
 import html
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
+from queue import SimpleQueue
 
 import gradio as gr
-import torch
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList, TextClassificationPipeline, TextIteratorStreamer
+from transformers import TextClassificationPipeline
 
-from ..errors import InputError
 from ..evaluation.sentences import score_sentences
 from ..evaluation.translation import pairs_of, translate
 from ..generation.conversation import fit_conversation
-from ..generation.prompts import context_limit, encode_prompt
+from ..generation.decoding import decoding_settings
+from ..generation.prompts import context_limit, encode_prompt, room_for_answer
+from .engine import Engine, Piece, Row, Text
 
 FULL_COLOUR = 16  # bits: a token as surprising as this has the strongest colour
 
 
-class _Left(threading.Event, StoppingCriteria):
-    """Nobody reads the answer any more."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full(input_ids.shape[:1], self.is_set(), device=input_ids.device)
-
-
 def stream(
-    model: nn.Module, tokenizer, ids: list[int], max_new_tokens: int, temperature: float, top_p: float
+    engine: Engine, tokenizer, ids: list[int], max_new_tokens: int, temperature: float, top_p: float
 ) -> Iterator[str]:
-    """The answer to a prompt, as much as there is of it, again and again; generation stops where nobody reads on."""
-    prompt, left, failure = torch.tensor([ids], device=model.device), _Left(), []
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-
-    def generate() -> None:
-        try:
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([left]),
-                **sampling,
-            )
-        except Exception as error:
-            failure.append(error)
-            streamer.end()
-
-    thread, text = threading.Thread(target=generate, daemon=True), ""
-    thread.start()
+    """Yield the answer to a prompt as it grows, always from its start; generation ends where nobody reads on."""
+    config, pieces, text = deepcopy(engine.defaults), SimpleQueue(), ""
+    config.update(**decoding_settings(temperature, top_p))
+    row = Row(ids, config, max_new_tokens, Text(tokenizer), pieces.put)
+    engine.submit([row])
+    piece = Piece()
     try:
-        for piece in streamer:
-            text += piece
+        while piece.finish is None:
+            piece = pieces.get()
+            if isinstance(piece.finish, Exception):
+                raise piece.finish
+            text += piece.text
             yield text
-        if failure:
-            raise failure[0]
     finally:
-        left.set()
-        thread.join()
+        row.finished = True
 
 
 def surprise(model: nn.Module, tokenizer, text: str) -> str:
@@ -104,21 +81,21 @@ def build_demo(name: str, model: nn.Module, tokenizer) -> gr.Blocks:
 
     def continued(prompt: str, max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
         ids = encode_prompt(tokenizer, prompt)
-        if not 0 < len(ids) < limit:
-            raise InputError(f"The prompt has {len(ids)} tokens; the model takes 1 to {limit - 1}.")
-        for text in stream(model, tokenizer, ids, min(max_new_tokens, limit - len(ids)), temperature, top_p):
+        room = room_for_answer(model, ids, max_new_tokens)
+        for text in stream(engine, tokenizer, ids, room, temperature, top_p):
             yield prompt + text
 
     def answer(message: str, history: list[dict], max_new_tokens: int, *settings: float) -> Iterator[str]:
         turns = [{"role": turn["role"], "content": turn["content"][0]["text"]} for turn in history]
         messages = [*turns, {"role": "user", "content": message}]
         _, ids, room = fit_conversation(tokenizer, messages, context_limit(model), max_new_tokens)
-        yield from stream(model, tokenizer, ids, room, *settings)
+        yield from stream(engine, tokenizer, ids, room, *settings)
 
     def translation(pair: str, text: str) -> str:
         return translate(model, tokenizer, [text], pair)[0]
 
     if model.can_generate():
+        engine = Engine(model)
         tabs = {
             "Generate": tab("Generate", continued, [box("Prompt"), *settings()], box()),
             "Surprise": tab("Show", partial(surprise, model, tokenizer), [box()], gr.HTML(label="The text")),

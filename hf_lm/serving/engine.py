@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..generation.decoding import pad_token, stop_tokens
+
 MAX_ROWS = 64  # of a batch
 MAX_BATCH_TOKENS = 1 << 17  # rows times the longest, the answer included; a single row may have more
 MIN_STEPS = 8  # of a batch before others join it
@@ -128,11 +130,8 @@ class Row:
         """What its first step needs. On the engine's thread: it may take as long as a forward."""
         self.generator = torch.Generator(model.device)
         self.generator.seed() if self.seed is None else self.generator.manual_seed(self.seed)
-        ends = self.config.eos_token_id
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
-        self.config.max_length = len(self.prompt) + self.limit
-        model._prepare_special_tokens(self.config, kwargs_has_attention_mask=True, device=model.device)
-        self.processors = model._get_logits_processor(self.config, len(self.prompt), device=model.device)
+        self.ends = stop_tokens(self.config)
+        self.processors = self._build_processors(model) if self.limit else LogitsProcessorList()
         if any(self.penalties):
             self.processors.insert(0, _Penalties(self, *self.penalties))
         self.waiting: list[Scored] = []  # until their text is released
@@ -142,6 +141,19 @@ class Row:
             self.offset = self.prompt_text.length
         if not self.limit:
             self.finish("length")
+
+    def _build_processors(self, model: nn.Module) -> LogitsProcessorList:
+        """Return the processors that `generate()` would use; its `custom_generate` is the public way to them."""
+        self.config.max_new_tokens, self.config.max_length = self.limit, None
+        if self.config.top_k is None:  # which `generate()` takes for its default of 50
+            self.config.top_k = 0
+        prompt = torch.tensor([self.prompt], device=model.device)
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=self.config,
+            custom_generate=lambda model, input_ids, logits_processor, **others: logits_processor,
+        )
 
     def _score(self, token: int, start: int, logits: torch.Tensor) -> Scored:
         scores = logits.float().log_softmax(dim=-1).nan_to_num(nan=-9999.0, neginf=-9999.0)  # as OpenAI's
@@ -209,8 +221,8 @@ class Engine:
 
     def __init__(self, model: nn.Module):
         self.model = copy(model)  # the same weights, but of the settings that a model comes with each row has its own
-        pad = model.generation_config.pad_token_id
-        self.model.generation_config = GenerationConfig(pad_token_id=pad if isinstance(pad, int) and pad >= 0 else 0)
+        self.defaults = model.generation_config
+        self.model.generation_config = GenerationConfig(pad_token_id=pad_token(model))
         self.waiting: deque[Row] = deque()
         self.changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()

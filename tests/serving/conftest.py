@@ -1,13 +1,8 @@
 """A tiny model served over real HTTP."""
 
-import threading
-import time
-from contextlib import contextmanager
-
-import httpx
 import pytest
-import uvicorn
 from helpers.models import book_tokenizer, small_model
+from helpers.serving import running
 
 from hf_lm.serving import build_app
 
@@ -27,23 +22,6 @@ def tokenizer():
 def model(tokenizer):
     free = {"bos_token_id": None, "eos_token_id": None}  # without an eos, answers are as long as they may be
     return small_model(tokenizer, max_position_embeddings=CONTEXT, initializer_range=0.02, **free)
-
-
-@contextmanager
-def running(app):
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from helpers.models import book_tokenizer, save_small_model
 
 from hf_lm import HfLmForSequenceClassification
 
-pytestmark = pytest.mark.slow
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
@@ -156,6 +155,7 @@ def opened(folder, profile):
                 process.wait(30)
 
 
+@pytest.mark.slow
 def test_person_generates_chats_translates_and_sees_surprise(talker, tmp_path):
     with opened(talker, tmp_path / "profile") as page:
         page.tab("Generate")
@@ -204,9 +204,29 @@ def test_person_generates_chats_translates_and_sees_surprise(talker, tmp_path):
         page.wait('document.body.innerText.includes("the model takes 512")')  # what is wrong is said
 
 
+@pytest.mark.slow
 def test_person_classifies(classifier, tmp_path):
     with opened(classifier, tmp_path / "profile") as page:
         page.type("Call me Ishmael")
         page.click("Classify")
         text = page.wait('document.body.innerText.includes("land") && document.body.innerText')
         assert sum(map(int, re.findall(r"(\d+)%", text))) in (99, 100, 101)
+
+
+def test_answers_grow_and_end_where_nobody_reads_on(model, tokenizer):
+    from hf_lm.serving.demo import stream
+    from hf_lm.serving.engine import Engine
+
+    engine, steps = Engine(model), []
+    hook = model.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        whole = list(stream(engine, tokenizer, [1, 2, 3], 20, 0.0, 1.0))
+        assert len(whole) > 3 and all(later.startswith(text) for text, later in itertools.pairwise(whole))
+        assert whole == list(stream(engine, tokenizer, [1, 2, 3], 20, 0.0, 1.0))
+        answer = stream(engine, tokenizer, [1, 2, 3], 900, 1.0, 0.9)
+        next(answer)
+        answer.close()
+        assert list(stream(engine, tokenizer, [1, 2, 3], 1, 0.0, 1.0))[-1] == whole[0]
+    finally:
+        hook.remove()
+    assert len(steps) < 450

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest import running
+from helpers.serving import running
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatFields
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextFields
 from transformers.cli.serving.utils import build_response_parser
