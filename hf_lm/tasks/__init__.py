@@ -19,6 +19,12 @@ TASKS = {
 }
 
 
+def result_names(task: str | None) -> dict[str, str]:
+    """`{key of metrics.json: label}` of a task's results; of all tasks where a run names none that is known."""
+    classes = map(task_class, [task] if task in TASKS else TASKS)
+    return {key: label for one in classes for key, label in one.result_names.items()}
+
+
 def task_class(name: str) -> type:
     """
     The class of a task.

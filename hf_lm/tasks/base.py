@@ -52,6 +52,8 @@ class Task(ABC):
         compute_metrics: the trainer's; None for loss, perplexity and bits per byte.
         row_likelihoods: the trainer's: what `compute_metrics` gets.
         reported: names of the metrics of an evaluation, each of which `training.metrics` has.
+        result_names: `{key of metrics.json: label}`, the rows of results of the card and the report, main ones first.
+        charts: `{title: {label: key of the log}}`, the report's charts of the task's metrics.
     """
 
     auto_class = AutoModelForCausalLM
@@ -60,6 +62,15 @@ class Task(ABC):
     compute_metrics = None
     row_likelihoods = False
     reported = LANGUAGE_MODELING + BITS_PER_BYTE
+    result_names = {
+        "bits_per_byte": "bits per byte",
+        "perplexity": "perplexity per token",
+        "eval_loss": "loss (nats per token)",
+    }
+    charts = {
+        "Loss, nats per token": {"training": "loss", "held out": "eval_loss"},
+        "Bits per byte, held out": {"": "eval_bits_per_byte"},
+    }
 
     def __init__(self, model: ModelArguments, data: DataArguments, training: HfLmTrainingArguments):
         self.model_arguments, self.data_arguments, self.training_arguments = model, data, training

@@ -135,6 +135,8 @@ def mark_assistant(tokenizer, messages: list[dict]) -> tuple[list[int], list[boo
 class Chat(Task):
     """Conversations (`messages` of `role` and `content`), several in one block."""
 
+    result_names = Task.result_names | {"self_ended": "share of answers that end by themselves"}
+
     def load(self) -> dict[str, Dataset]:
         return load_rows(self.data_arguments, _check)
 

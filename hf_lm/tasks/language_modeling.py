@@ -20,6 +20,13 @@ class LanguageModeling(Task):
     With `control_file`, a continued model is scored before and after on what it learns and on what it should not forget.
     """
 
+    result_names = {
+        "bits_per_byte": "bits per byte",
+        "bits_per_byte_before": "bits per byte before this training",
+        "control_bits_per_byte": "bits per byte of control_file",
+        "control_bits_per_byte_before": "bits per byte of control_file before this training",
+    } | Task.result_names
+
     def load(self) -> dict[str, Dataset | IterableDataset]:
         return load_documents(self.data_arguments)
 

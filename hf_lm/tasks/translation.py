@@ -35,6 +35,8 @@ class Translation(Task):
     validation) is translated at the end by beam search.
     """
 
+    result_names = {**Task.result_names, "bleu": "BLEU", "chrf": "chrF"}
+
     def load(self) -> dict[str, Dataset | IterableDataset]:
         self.pairs = self.data_arguments.language_pairs
         if not self.pairs:
