@@ -20,7 +20,10 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
+from ..files import read_json, write_text
 from ..hardware import assumed_watts
+from ..records import read_metrics
+from ..tasks import result_names
 
 NOT_MEASURED = {"en": "not measured", "zh": "未测量"}
 NOT_RECORDED = {"en": "not recorded", "zh": "未记录"}
@@ -79,25 +82,6 @@ USAGE = {
         "print(model(**inputs).last_hidden_state.shape)  # (batch, sequence, hidden)",
     ),
 }
-# metrics.json key -> name in the table of results and in the model-index.
-RESULTS = {
-    "bits_per_byte": "bits per byte",
-    "bits_per_byte_before": "bits per byte before this training",
-    "control_bits_per_byte": "bits per byte of control_file",
-    "control_bits_per_byte_before": "bits per byte of control_file before this training",
-    "perplexity": "perplexity per token",
-    "eval_loss": "loss (nats per token)",
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "macro_precision": "macro precision",
-    "macro_recall": "macro recall",
-    "macro_f1": "macro F1",
-    "ece": "expected calibration error",
-    "exact_match": "exact match",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "self_ended": "share of answers that end by themselves",
-}
 WIDEST = 20  # confusion matrix that is shown, in labels; metrics.json holds any
 
 
@@ -123,28 +107,6 @@ def shown(value) -> object:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items()).replace("|", "\\|")
     return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
-
-
-def read_json(path: Path) -> dict:
-    """
-    The object in a JSON file, `{}` if there is no such file.
-
-    Raises:
-        InputError: it is no JSON object, or holds a NaN or infinite number.
-    """
-
-    def refuse(constant: str):
-        raise InputError(f"{path}: holds {constant}; a card states finite measurements only.")
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold an object, got {type(content).__name__}.")
-    return content
 
 
 def count_parameters(folder: Path) -> dict[str, int]:
@@ -202,17 +164,21 @@ def base_model_of(metrics: dict, parity: dict) -> dict:
     return base if base.get("id") else {}
 
 
-def results_of(metrics: dict) -> list[dict]:
+def results_of(metrics: dict, task: str | None = None) -> list[dict]:
     """
     The measured results: `{key, name, value, interval}`; `interval` is `[low, high]` where one was measured.
 
     `chrf/en-de` is the chrF of a part of what was measured, en-de.
 
+    Args:
+        metrics: of a run, or of a baseline.
+        task: whose results they are; default: the run's.
+
     Raises:
         InputError: a result is not a finite number.
     """
     rows = []
-    for key, name in RESULTS.items():
+    for key, name in result_names(task or metrics.get("task")).items():
         for part in ("", *(other.removeprefix(key) for other in metrics if other.startswith(f"{key}/"))):
             value = metrics.get(key + part, metrics.get(f"eval_{key}{part}"))
             if value is None:
@@ -302,17 +268,17 @@ def read_artifacts(folder: Path) -> dict:
     Raises:
         InputError: no model folder, or a file in it that cannot be read.
     """
-    config, adapter = (read_json(folder / f"{name}.json") for name in ("config", "adapter_config"))
+    config, adapter = (read_json(folder / f"{name}.json", strict=True) for name in ("config", "adapter_config"))
     if adapter and not config:  # an adapter is described by its base model
         base = Path(adapter.get("base_model_name_or_path") or "")
-        config = read_json(base / "config.json") or {"architectures": ["ForCausalLM"]}
+        config = read_json(base / "config.json", strict=True) or {"architectures": ["ForCausalLM"]}
         if adapter.get("task_type") == "SEQ_CLS":  # its head is beside the adapter, the base model may have another
             config["architectures"] = ["ForSequenceClassification"]
     if not config:
         raise InputError(f"{folder}: not a model folder, it has no config.json.")
     if config.get("model_type") == HfLmConfig.model_type:  # the file leaves defaults out
         config = HfLmConfig.from_dict(config).to_dict()
-    metrics, parity = read_json(folder / "metrics.json"), read_json(folder / "parity.json")
+    metrics, parity = read_metrics(folder), read_json(folder / "parity.json", strict=True)
     base = base_model_of(metrics, parity)
     data = {
         key: Path(value).name if value and key.endswith("_file") else value
@@ -379,7 +345,7 @@ def build_card(
     baselines = [
         row | {"name": f"{row['name']}: {other['name']}"}
         for other in metrics.get("baselines") or ()
-        for row in results_of(other)
+        for row in results_of(other, metrics.get("task"))
     ]
     per_class, confusion = ([[*map(shown, row)] for row in rows] for rows in class_rows(metrics))
     measured = {**metrics, **counts, "parameters": parameters, **compute_facts(metrics, parameters)}
@@ -445,9 +411,7 @@ def write_card(
         picture = Path(model_dir) / "loss_curve.png"
         if picture.exists():
             shutil.copyfile(picture, path.with_name(picture.name))
-    partial = path.with_name(f".{path.name}.tmp")
-    card.save(partial)
-    os.replace(partial, path)
+    write_text(path, str(card))
     return path
 
 
@@ -465,7 +429,7 @@ def missing_from_card(model_dir: str | os.PathLike) -> list[str]:
         for result in model["results"]
         for metric in result["metrics"]
     }
-    for row in results_of(read_json(folder / "metrics.json")):
+    for row in results_of(read_metrics(folder)):
         if (row["key"], row["value"]) not in stated:
             missing.append(f"{row['key']} is not what metrics.json holds ({row['value']})")
     return [f"{gap}; write it with hf-lm card (--license, --text-language)" for gap in missing]

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import Failure, InputError, explained
-from .card import missing_from_card
+from .card import missing_from_card, write_card
 from .doctor import examine
 from .files import PICKLES, model_files, secrets_in
 
@@ -171,9 +171,10 @@ def explain(error: Exception, repo: str, before: str | None, after: str | None) 
 
 class PushCallback(TrainerCallback):
     """
-    For `Trainer(push_to_hub=True)`: upstream uploads its pickled arguments with every push, and forgets the code files
-    until the last one. This makes the repository ignore pickles (but for the optimizer's in checkpoints, which
-    `hub_strategy="checkpoint"` asks for) and copies the code of the checkpoint that is pushed.
+    Complete each push of `Trainer(push_to_hub=True)`. transformers uploads its pickled arguments with every push, and
+    the code files with the last one only. This callback makes the repository ignore pickles (except the optimizer's in
+    checkpoints, which `hub_strategy="checkpoint"` asks for), copies the code of the checkpoint that is pushed, and
+    writes the model card from the measurements so far.
     """
 
     def on_push_begin(self, args, state, control, **kwargs):
@@ -191,5 +192,9 @@ class PushCallback(TrainerCallback):
             revision=args.hub_revision,
             commit_message="Keep pickles out",
         )
-        for path in (folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").glob("*.py"):
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for path in checkpoint.glob("*.py"):
             shutil.copyfile(path, folder / path.name)
+        described = folder if (folder / "config.json").exists() else checkpoint
+        if (described / "config.json").exists():
+            write_card(described, output=folder / "README.md", name=repo)

@@ -2,15 +2,16 @@
 
 import base64
 import json
-import os
 from pathlib import Path
 
 import torch
 
+from ..files import write_text
+
 
 def write_page(template: str, data: dict, path: str | Path) -> None:
     """
-    Put data into a page of this folder and write it; a page that was there is replaced at the end, not before.
+    Put data into a page of this folder and write it atomically.
 
     Args:
         template: name of the HTML file, whose `__DATA__` is replaced.
@@ -25,6 +26,4 @@ def write_page(template: str, data: dict, path: str | Path) -> None:
 
     text = json.dumps(data, default=encoded, allow_nan=False).replace("<", "\\u003c")  # no tag can end the script
     page = (Path(__file__).parent / template).read_text(encoding="utf-8").replace("__DATA__", text)
-    draft = Path(f"{path}.part")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    write_text(Path(path), page)

@@ -9,15 +9,16 @@ from datasets import Dataset
 
 from ..data.collator import SIZE
 from ..evaluation.quality import sample_quality, token_calibration
+from ..files import read_json
 from ..generation.decoding import continue_prompts
-from ..hub.card import RESULTS, class_rows, compute_facts, read_recipe, shown
+from ..hub.card import class_rows, compute_facts, read_recipe, shown
+from ..records import read_metrics
+from ..tasks import charts as task_charts
+from ..tasks import result_names
 from .page import write_page
 
 POINTS = 1000  # of a curve, at most
-CHARTS = {  # title: {label: key of the log}
-    "Loss, nats per token": {"training": "loss", "held out": "eval_loss"},
-    "Bits per byte, held out": {"": "eval_bits_per_byte"},
-    "Accuracy and F1, held out": {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"},
+CHARTS = {  # of every task, {title: {label: key of the log}}
     "Learning rate": {"": "learning_rate"},
     "Gradient norm": {"": "grad_norm"},
     "Tokens per second": {"": "tokens_per_second"},
@@ -33,36 +34,27 @@ COSTS = {  # name, divisor, unit
 }
 QUALITY = {
     "ece": "expected calibration error of the next token, held out",
-    "accuracy": "how often the likeliest token comes next",
-    "confidence": "how often it should, by its probability",
-    "tokens": "of so many tokens",
-    "repetition": "four-grams of words that a sample has had before, share",
-    "distinct_1": "different words among all words of the samples",
-    "distinct_2": "different pairs of words",
-    "samples": "samples looked at",
+    "accuracy": "top-1 accuracy",
+    "confidence": "mean confidence",
+    "tokens": "number of tokens",
+    "repetition": "share of repeated 4-grams in a sample",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "samples": "number of samples",
     "overlap_characters": "characters of the longest stretch copied from the training text",
     "overlap": "that stretch",
     "searched_characters": "characters of the training text that were searched for it",
 }
 RUN = (
-    "task",
-    "kept",
-    "base_model",
-    "parameters",
-    "seed",
-    "processes",
-    "hardware",
-    "license",
-    "language",
-    "git_revision",
-)
+    "task", "kept", "base_model", "parameters", "seed", "processes", "hardware", "license", "language", "git_revision",
+)  # fmt: skip
 SEARCHED = 3_000_000  # characters of training text that samples are compared with
 CALIBRATED = 8  # batches of held-out text
 PER_PROMPT = 4  # samples
 
 
 def measure_quality(trainer) -> dict:
-    """Of a language model: calibration on held-out text; for the recipe's prompts repetition, diversity, what is copied."""
+    """Measure a language model's calibration on held-out text; for the recipe's prompts repetition, diversity, copying."""
     model, quality = trainer.model.eval(), {}
     if not (trainer.is_world_process_zero() or trainer.is_sharded) or not model.can_generate():
         return quality
@@ -83,9 +75,9 @@ def measure_quality(trainer) -> dict:
     return {name: value for name, value in quality.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
-def _charts(log: list[dict]) -> list[dict]:
-    charts = []
-    for title, lines in CHARTS.items():
+def _charts(log: list[dict], task: str | None) -> list[dict]:
+    drawn = []
+    for title, lines in (task_charts(task) | CHARTS).items():
         series = []
         for label, key in lines.items():
             values = {row["step"]: row[key] for row in log if isinstance(row.get(key), int | float)}
@@ -94,8 +86,8 @@ def _charts(log: list[dict]) -> list[dict]:
                 thinned = points[:: math.ceil(len(points) / POINTS)]
                 series.append({"label": label, "points": thinned + points[-1:] * (thinned[-1] != points[-1])})
         if series:
-            charts.append({"title": title, "series": series})
-    return charts
+            drawn.append({"title": title, "series": series})
+    return drawn
 
 
 def _costs(metrics: dict) -> list[list]:
@@ -122,16 +114,16 @@ def _cell(value) -> str | None:
 
 
 def _results(metrics: dict) -> list[list]:
-    rows = []
+    rows, names = [], result_names(metrics.get("task"))
     for score in (metrics, *metrics.get("baselines", ())):
         start = f"{score['name']}: " if "name" in score else ""
         for key, value in score.items():
             is_score = (
-                key in RESULTS or f"{key}_interval" in score or key.split("_")[0] in RESULTS or "bits_per_byte" in key
+                key in names or f"{key}_interval" in score or key.split("_")[0] in names or "bits_per_byte" in key
             )
             if is_score and isinstance(value, int | float):
                 interval = " to ".join(map(str, map(shown, score.get(f"{key}_interval") or ()))) or None
-                rows.append([start + RESULTS.get(key, key.replace("_", " ")), _cell(value), interval])
+                rows.append([start + names.get(key, key.replace("_", " ")), _cell(value), interval])
     return rows
 
 
@@ -148,13 +140,10 @@ def write_report(folder: Path) -> Path:
     `trainer_state.json`, `samples.jsonl`, `recipe.yaml` and `config.json`.
     """
 
-    def read(name: str) -> dict:
-        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-
     def listed(values: dict) -> list[list]:
         return [[key, _cell(value)] for key, value in values.items() if value is not None and key != "auto_map"]
 
-    metrics, log = read("metrics.json"), read("trainer_state.json").get("log_history", [])
+    metrics, log = read_metrics(folder), read_json(folder / "trainer_state.json").get("log_history", [])
     quality, (head, evaluations) = metrics.get("quality", {}), _evaluations(log)
     run = {key: metrics.get(key) for key in RUN} | metrics.get("versions", {})
     per_class, confusion = ([[row[0], *map(_cell, row[1:])] for row in rows] for rows in class_rows(metrics))
@@ -175,7 +164,7 @@ def write_report(folder: Path) -> Path:
         {"title": "Cost", "head": ["", "predicted", "actual", "difference"], "rows": _costs(metrics)},
         {"title": "Data", "rows": listed(metrics.get("data", {}))},
         {"title": "Run", "rows": listed(run)},
-        {"title": "Model", "rows": listed(read("config.json"))},
+        {"title": "Model", "rows": listed(read_json(folder / "config.json"))},
     ]
     samples, file = {}, folder / "samples.jsonl"
     for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else ():
@@ -185,7 +174,7 @@ def write_report(folder: Path) -> Path:
     data = {
         "name": folder.resolve().name,
         "summary": ", ".join(filter(None, (metrics.get("summary"), counts))),
-        "charts": _charts(log),
+        "charts": _charts(log, metrics.get("task")),
         "samples": list(samples.values()),
         "tables": [table for table in tables if table["rows"]],
         "recipe": read_recipe(folder / "recipe.yaml") or "",

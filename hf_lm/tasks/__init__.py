@@ -25,6 +25,12 @@ def result_names(task: str | None) -> dict[str, str]:
     return {key: label for one in classes for key, label in one.result_names.items()}
 
 
+def charts(task: str | None) -> dict[str, dict[str, str]]:
+    """`{title: {label: key of the log}}` of a task's charts; of all tasks where a run names none that is known."""
+    classes = map(task_class, [task] if task in TASKS else TASKS)
+    return {title: lines for one in classes for title, lines in one.charts.items()}
+
+
 def task_class(name: str) -> type:
     """
     The class of a task.

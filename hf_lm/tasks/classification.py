@@ -83,7 +83,6 @@ class Classification(Task):
     template, words = "{text}", ("",)
     reported = ("loss", *(name + part for name in SCORES for part in ("", "_low", "_high")), "ece")
     result_names = {
-        "eval_loss": "loss (nats per text)",
         "accuracy": "accuracy",
         "f1": "F1",
         "macro_precision": "macro precision",
@@ -91,10 +90,7 @@ class Classification(Task):
         "macro_f1": "macro F1",
         "ece": "expected calibration error",
     }
-    charts = {
-        "Loss, nats per text": {"training": "loss", "held out": "eval_loss"},
-        "Accuracy and F1, held out": {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"},
-    }
+    charts = Task.charts | {"Accuracy and F1, held out": {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}}
     split = "validation"  # that is being scored
     before: list[dict] = []  # what was scored before training
 

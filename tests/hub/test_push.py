@@ -255,6 +255,9 @@ def test_every_push_of_the_trainer_is_complete_and_free_of_its_pickles(
         assert not any(path.endswith("training_args.bin") for path in commit.tree)
         assert not any(path.startswith(("_", ".saving")) for path in commit.tree)  # a checkpoint that is being saved
         assert not any(path.endswith((".bin", ".pt", ".pth")) for path in commit.tree if "/" not in path)
+    if trainer == "ours":
+        assert b"Every number on this page was read from a file" in hub.files("owner/m")["README.md"]
+        assert b"# owner/m" in hub.files("owner/m")["README.md"]
     if strategy == "checkpoint":
         assert {"last-checkpoint/optimizer.pt", "last-checkpoint/modeling_hf_lm.py"} <= set(
             repository.resolve("main").tree
