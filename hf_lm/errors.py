@@ -70,7 +70,7 @@ def one_line(error: BaseException) -> str:
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()).partition(". Errors: ")[0])
     text = re.sub(r"data did not match any variant of untagged enum (Py)?(\w+?)(Untagged|Wrapper)", r"no \2 known to the library", text)  # fmt: skip
     if FOREIGN_TOKEN.match(text):
-        text = "a token's number is beyond the model's vocabulary: the tokenizer is not this model's."
+        text = f"a token's number is beyond the model's vocabulary: the tokenizer is not this model's ({text.rstrip('.')})."
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ class Outcome:
         said = f"{self.argv}: exit code {self.code} after {self.seconds:.1f} s\n{self.stderr[-3000:]}"
         assert not self.hung, f"hang: {said}"
         assert not self.events, f"{self.events}{said}"
-        assert "Traceback" not in self.stderr and "panicked" not in self.stderr, said
+        assert not re.search("Traceback|panicked|a crash: ", self.stderr), said
         if self.argv[0] == "doctor" and self.stdout:  # a finding is a line of its report
             assert self.code == int("FAIL" in self.stdout), said
         elif self.code != 0:
