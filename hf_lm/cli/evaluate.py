@@ -7,10 +7,26 @@ from ..errors import InputError
 from .common import add_model_arguments, load_model, load_tokenizer
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="text files, or files with a column")
     parser.add_argument("--text-column-name", help="column of a .jsonl, .csv or .parquet file")
+
+
+def load_data(arguments: argparse.Namespace) -> dict:
+    """Return the documents: the last `--last-percent` as `validation`, what stands before them as `train`."""
+    from ..data.arguments import DataArguments
+    from ..data.documents import load_documents
+
+    percent = arguments.last_percent or 0
+    column = arguments.text_column_name
+    return load_documents(
+        DataArguments(train_file=arguments.data, text_column_name=column, validation_split_percentage=percent)
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--last-percent", type=float, metavar="P", help="only the last P per cent (of one text's characters, or of the documents), as a training run holds out")  # fmt: skip
     parser.add_argument("--block-size", type=int, help="tokens of a window (what the model was made for)")
     parser.add_argument("--stride", type=int, help="new tokens of each window; fewer give more context (all)")
@@ -22,15 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size: must be at least 1, got {arguments.batch_size}.")
-    from ..data.arguments import DataArguments
-    from ..data.documents import load_documents
     from ..evaluation.text import score_documents
 
-    percent = arguments.last_percent or 0
-    source = DataArguments(
-        train_file=arguments.data, text_column_name=arguments.text_column_name, validation_split_percentage=percent
-    )
-    documents = load_documents(source)
+    documents = load_data(arguments)
     rows = documents.get("validation", documents["train"])
 
     def score(path: str):

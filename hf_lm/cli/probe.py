@@ -5,12 +5,12 @@ import json
 
 from ..errors import InputError
 from .common import add_model_arguments, load_model, load_tokenizer
+from .evaluate import add_data_arguments, load_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="English text")
-    parser.add_argument("--text-column-name", help="column of a .jsonl, .csv or .parquet file")
+    add_data_arguments(parser)
     parser.add_argument("--last-percent", type=float, default=10, metavar="P", help="pairs come from the last P per cent, held out from training; the trigram model knows what is before (10)")  # fmt: skip
     parser.add_argument("--pairs", type=int, default=100, help="pairs of a kind at most (100)")
     parser.add_argument("--json", action="store_true", help="print the result, with the pairs it failed, as JSON")
@@ -21,16 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--pairs: must be at least 1, got {arguments.pairs}.")
     if not 0 < arguments.last_percent < 100:
         raise InputError(f"--last-percent: must be between 0 and 100, got {arguments.last_percent}.")
-    from ..data.arguments import DataArguments
-    from ..data.documents import load_documents
     from ..evaluation.probe import probe
 
-    source = DataArguments(
-        train_file=arguments.data,
-        text_column_name=arguments.text_column_name,
-        validation_split_percentage=arguments.last_percent,
-    )
-    earlier, text = ("\n\n".join(rows["text"]) for rows in load_documents(source).values())
+    earlier, text = ("\n\n".join(rows["text"]) for rows in load_data(arguments).values())
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype), load_tokenizer(arguments.model)
     result = probe(model, tokenizer, text, earlier, arguments.pairs)
     if arguments.json:

@@ -16,6 +16,7 @@ from torch import nn
 from ..data.packing import IGNORED, encode_documents, evaluation_windows, segment_prefix, segments
 from ..errors import InputError
 from ..generation.prompts import context_limit, context_prefix
+from ..loading import load_model, load_tokenizer
 
 PIECE = 128  # bytes of the smallest piece of text that is looked at on its own
 # Where there are few documents, so many runs of text are resampled. Runs must be long, for hard passages are: on a tenth
@@ -271,10 +272,8 @@ def score_documents(
 def score_with(model, tokenizer, texts: Iterable[str], **options) -> TextScore:
     """`score_documents` for a model that is given as folder or Hub id, or as model and tokenizer."""
     if isinstance(model, str | os.PathLike):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model).eval()
+        tokenizer = tokenizer or load_tokenizer(str(model))
+        model = load_model(str(model))
     if tokenizer is None:
         raise InputError("tokenizer: a model that is already loaded needs one.")
     return score_documents(model, tokenizer, texts, **options)

@@ -15,7 +15,7 @@ from torch import nn
 from ..anatomy import decoder_layers
 from ..errors import InputError
 from ..evaluation.sentences import token_texts
-from ..generation.prompts import context_prefix
+from ..generation.prompts import context_limit, context_prefix
 
 MAX_TOKENS = 128  # more cannot be read on a page
 BIT = math.log(2)  # nats
@@ -167,7 +167,7 @@ def inspect_text(model: nn.Module, tokenizer, text: str, target: int | None = No
     """
     prefix = context_prefix(tokenizer)
     ids = prefix + tokenizer(text, add_special_tokens=False)["input_ids"]
-    limit = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS, MAX_TOKENS)
+    limit = min(context_limit(model) or MAX_TOKENS, MAX_TOKENS)
     if not 2 <= len(ids) <= limit:
         raise InputError(
             f"--text: must have between 1 and {limit - len(prefix)} tokens, got {len(ids) - len(prefix)}."

@@ -25,27 +25,32 @@ def _bytes_of(text: str) -> list[int]:
     return list(text.encode())
 
 
-def _texts(tokenizer, scored: list[Scored]) -> dict[int, str]:
-    ids = list({token for one in scored for token in (one.token, *(other for other, _ in one.likeliest))})
-    return dict(zip(ids, token_texts(tokenizer, ids), strict=True))
-
-
 @dataclass
-class Completion:
-    """One choice of a text completion. `echo` is the prompt where it is wanted in front of the answer."""
+class Choice:
+    """One of a request's answers, as chunks of a stream and as a whole. `scores`: log-probabilities are wanted."""
 
     tokenizer: object
     index: int
-    echo: str = ""
     scores: bool = False
-    parts: list[str] = field(default_factory=list)
-    scored: list[Scored] = field(default_factory=list)
-    finish: str | None = None
+    scored: list[Scored] = field(default_factory=list, init=False)
+    finish: str | None = field(default=None, init=False)
+
+    def token_texts(self, scored: list[Scored]) -> dict[int, str]:
+        ids = list({token for one in scored for token in (one.token, *(other for other, _ in one.likeliest))})
+        return dict(zip(ids, token_texts(self.tokenizer, ids), strict=True))
+
+
+@dataclass
+class Completion(Choice):
+    """One choice of a text completion. `echo` is the prompt where it is wanted in front of the answer."""
+
+    echo: str = ""
+    text: str = field(default="", init=False)
 
     def logprobs(self, scored: list[Scored]) -> dict | None:
         if not self.scores:
             return None
-        texts = _texts(self.tokenizer, scored)
+        texts = self.token_texts(scored)
         return {
             "tokens": [texts[one.token] for one in scored],
             "token_logprobs": [one.log_probability for one in scored],
@@ -58,25 +63,25 @@ class Completion:
             ],
         }
 
-    def begin(self) -> list[dict]:
-        return [self.chunk(self.echo, [])] if self.echo else []
-
     def chunk(self, text: str, scored: list[Scored], finish: str | None = None) -> dict:
         return {"index": self.index, "text": text, "logprobs": self.logprobs(scored), "finish_reason": finish}
 
+    def begin(self) -> list[dict]:
+        return [self.chunk(self.echo, [])] if self.echo else []
+
     def add(self, piece: Piece) -> list[dict]:
         """The stream's next choices."""
-        self.parts.append(piece.text)
+        self.text += piece.text
         self.scored += piece.scored
         self.finish = piece.finish
         return [self.chunk(piece.text, piece.scored, piece.finish)]
 
     def whole(self) -> dict:
-        return self.chunk(self.echo + "".join(self.parts), self.scored, self.finish)
+        return self.chunk(self.echo + self.text, self.scored, self.finish)
 
 
 @dataclass
-class Chat:
+class Chat(Choice):
     """
     One choice of a chat completion.
 
@@ -86,24 +91,19 @@ class Chat:
         parallel: more than one tool call may be answered.
     """
 
-    tokenizer: object
-    index: int
-    call_id: str
+    call_id: str = "call"
     parser: ResponseParser | None = None
     must_call: bool = False
     parallel: bool = True
-    scores: bool = False
-    content: str = ""
-    reasoning: str = ""
-    calls: list[dict] = field(default_factory=list)
-    raw: str = ""
-    scored: list[Scored] = field(default_factory=list)
-    finish: str | None = None
+    content: str = field(default="", init=False)
+    reasoning: str = field(default="", init=False)
+    calls: list[dict] = field(default_factory=list, init=False)
+    raw: str = field(default="", init=False)
 
     def logprobs(self, scored: list[Scored]) -> dict | None:
         if not self.scores:
             return None
-        texts = _texts(self.tokenizer, scored)
+        texts = self.token_texts(scored)
 
         def entry(token: int, value: float) -> dict:
             return {"token": texts[token], "logprob": value, "bytes": _bytes_of(texts[token])}
@@ -114,9 +114,8 @@ class Chat:
         ]
         return {"content": content, "refusal": None}
 
-    def chunk(self, delta: dict, scored: list[Scored] = (), finish: str | None = None) -> dict:
-        logprobs = self.logprobs(list(scored)) if scored else None
-        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    def chunk(self, delta: dict, finish: str | None = None) -> dict:
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": finish}
 
     def begin(self) -> list[dict]:
         events = response_events_to_chunks(self.parser.initial_events) if self.parser else []
@@ -140,29 +139,29 @@ class Chat:
                 deltas.append({"content": part})
         return deltas
 
-    def add(self, piece: Piece) -> list[dict]:
-        """The stream's next choices."""
-        self.scored += piece.scored
+    def _parts(self, piece: Piece) -> list[str | ToolCall]:
+        """Text, reasoning and tool calls that a piece completes."""
         if self.must_call:
             self.raw += piece.text
-            deltas = self._deltas([self._call()]) if piece.finish else []
-        elif self.parser is None:
-            deltas = self._deltas([piece.text])
-        else:
-            events = self.parser.feed(piece.text)
-            if piece.finish:
-                with contextlib.suppress(ValueError, RuntimeError):  # it ends within a tool call
-                    events += self.parser.finalize()[1]
-            deltas = self._deltas(response_events_to_chunks(events))
-        chunks = [self.chunk(delta) for delta in deltas]
+            return [self._call()] if piece.finish else []
+        if self.parser is None:
+            return [piece.text]
+        events = self.parser.feed(piece.text)
+        if piece.finish:
+            with contextlib.suppress(ValueError, RuntimeError):  # it ends within a tool call
+                events += self.parser.finalize()[1]
+        return response_events_to_chunks(events)
+
+    def add(self, piece: Piece) -> list[dict]:
+        """The stream's next choices."""
+        chunks = [self.chunk(delta) for delta in self._deltas(self._parts(piece))]
         if piece.scored:
-            chunks = [
-                *chunks[:-1],
-                {**(chunks[-1] if chunks else self.chunk({})), "logprobs": self.logprobs(piece.scored)},
-            ]
+            self.scored += piece.scored
+            chunks = chunks or [self.chunk({})]
+            chunks[-1]["logprobs"] = self.logprobs(piece.scored)
         if piece.finish:
             self.finish = "tool_calls" if self.calls else piece.finish
-            chunks.append(self.chunk({}, finish=self.finish))
+            chunks.append(self.chunk({}, self.finish))
         return chunks
 
     def _call(self) -> str | ToolCall:

@@ -111,8 +111,7 @@ class _Server:
         if not self.tokenizer.chat_template:
             raise BadRequest("messages", "the model has no chat template; use /v1/completions.")
         self.check_length("messages", _characters(request.model_dump(include={"messages"})))
-        tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if request.uses_tools else None
-        field = "messages"
+        tools, field = request.tools_for_template, "messages"
         try:
             messages = [message.for_template() for message in request.messages]
             render = partial(
@@ -180,11 +179,20 @@ class _Server:
 
     # ----- answers -----
 
-    def start(self, request, prompts: list[list[int]], field: str, limit: int | None, **settings) -> tuple:
-        """Rows for the engine, `n` for each prompt, and the pieces they answer with."""
+    def answer(
+        self, kind: str, request, prompts: list[list[int]], field: str, limit: int | None, choices: list, **settings
+    ) -> tuple[Answer, bool]:
+        """
+        Hand rows to the engine, `n` for each prompt; return the answer that their pieces make, and whether to stream it.
+
+        Args:
+            field: where the prompts come from, for the error.
+            limit: new tokens of a row; None: as many as the request's `generation_config` says, or `DEFAULT_TOKENS`.
+            choices: one for each row.
+            settings: of each `Row`; and `skip_special_tokens`, `echo`.
+        """
         for ids in prompts:
-            room = self.limit - len(ids)
-            if not ids or room < (limit != 0):
+            if not ids or self.limit - len(ids) < (limit != 0):
                 raise BadRequest(field, f"{len(ids)} tokens; the model takes from 1 to {self.limit - 1}.")
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -194,8 +202,7 @@ class _Server:
         config = self.config(request)
         if limit is None:
             limit = config.max_new_tokens if request.generation_config and config.max_new_tokens else DEFAULT_TOKENS
-        skip = settings.pop("skip_special_tokens", True)
-        echo = settings.pop("echo", False)
+        skip, echo = settings.pop("skip_special_tokens", True), settings.pop("echo", False)
         matcher = settings.pop("matcher", None)
         rows = [
             Row(
@@ -206,7 +213,7 @@ class _Server:
                 partial(emit, number * request.n + copy),
                 seed=None if request.seed is None else (request.seed + copy) % (1 << 63),
                 penalties=(request.frequency_penalty, request.presence_penalty),
-                prompt_text=Text(self.tokenizer) if echo and settings.get("top") is not None else None,
+                prompt_text=Text(self.tokenizer) if echo and settings["top"] is not None else None,
                 matcher=matcher and matcher.deep_copy(),
                 **settings,
             )
@@ -214,7 +221,10 @@ class _Server:
             for copy in range(request.n)
         ]
         usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0, "total_tokens": 0}
-        return rows, self.pieces(rows, queue, usage), usage
+        include_usage = bool(request.stream_options and request.stream_options.include_usage)
+        name = f"{'cmpl' if kind == 'text_completion' else 'chatcmpl'}-{uuid.uuid4().hex}"
+        pieces = self.pieces(rows, queue, usage)
+        return Answer(name, self.name, kind, choices, pieces, usage, include_usage), request.stream
 
     async def pieces(self, rows: list[Row], queue: asyncio.Queue, usage: dict) -> AsyncIterator[tuple[int, Piece]]:
         """What the engine's thread hands in. Answers nobody waits for any more are given up."""
@@ -238,55 +248,33 @@ class _Server:
         if request.model is not None:
             self.check_model(request.model)
         prompts = [self.encode(prompt) for prompt in request.prompts]
-        rows, pieces, usage = self.start(
-            request, prompts, "prompt", request.max_tokens, top=request.logprobs, echo=request.echo
-        )
         texts = [one if isinstance(one, str) else self.tokenizer.decode(one) for one in request.prompts]
+        scores, echo = request.logprobs is not None, request.echo
         choices = [
-            Completion(self.tokenizer, i, texts[i // request.n] if request.echo else "", request.logprobs is not None)
-            for i in range(len(rows))
+            Completion(self.tokenizer, i, scores, echo=texts[i // request.n] if echo else "")
+            for i in range(len(prompts) * request.n)
         ]
-        return self.answer("cmpl", "text_completion", request, choices, pieces, usage)
+        settings = {"top": request.logprobs, "echo": echo}
+        return self.answer("text_completion", request, prompts, "prompt", request.max_tokens, choices, **settings)
 
     def chat(self, body: dict) -> tuple[Answer, bool]:
         request = parse(ChatRequest, body)
         if request.model is not None:
             self.check_model(request.model)
-        ids = self.render(request)
-        tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if request.uses_tools else None
-        parse_text = request.schema is None and get_response_template(self.tokenizer, self.family) is not None
-        parsers = [
-            build_response_parser(self.tokenizer, self.family, ids, tools=tools) if parse_text else None
-            for _ in range(request.n)
-        ]
-        rows, pieces, usage = self.start(
-            request,
-            [ids],
-            "messages",
-            request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
-            top=request.top_logprobs if request.logprobs else None,
-            matcher=self.matcher(request.schema, "tools" if request.must_call else "response_format"),
-            skip_special_tokens=not parse_text,
-        )
-        name = f"call-{uuid.uuid4().hex[:12]}"
-        choices = [
-            Chat(
-                self.tokenizer,
-                index,
-                f"{name}-{index}",
-                parser,
-                must_call=request.must_call,
-                parallel=request.parallel_tool_calls,
-                scores=request.logprobs,
-            )
-            for index, parser in enumerate(parsers)
-        ]
-        return self.answer("chatcmpl", "chat.completion", request, choices, pieces, usage)
-
-    def answer(self, prefix: str, kind: str, request, choices: list, pieces, usage: dict) -> tuple[Answer, bool]:
-        include_usage = bool(request.stream_options and request.stream_options.include_usage)
-        name = f"{prefix}-{uuid.uuid4().hex}"
-        return Answer(name, self.name, kind, choices, pieces, usage, include_usage), request.stream
+        ids, tools, call = self.render(request), request.tools_for_template, uuid.uuid4().hex[:12]
+        reads_text = request.schema is None and get_response_template(self.tokenizer, self.family) is not None
+        choices = []
+        for index in range(request.n):
+            parser = build_response_parser(self.tokenizer, self.family, ids, tools=tools) if reads_text else None
+            calls = {"must_call": request.must_call, "parallel": request.parallel_tool_calls}
+            choices.append(Chat(self.tokenizer, index, request.logprobs, f"call-{call}-{index}", parser, **calls))
+        settings = {
+            "top": request.top_logprobs if request.logprobs else None,
+            "matcher": self.matcher(request.schema, "tools" if request.must_call else "response_format"),
+            "skip_special_tokens": not reads_text,
+        }
+        limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        return self.answer("chat.completion", request, [ids], "messages", limit, choices, **settings)
 
 
 async def _until_gone(request: Request, work: asyncio.Task) -> None:

@@ -230,6 +230,10 @@ class ChatRequest(_Request):
         return self.uses_tools and self.tool_choice not in (None, "auto")
 
     @property
+    def tools_for_template(self) -> list[dict] | None:
+        return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.uses_tools else None
+
+    @property
     def callable_tools(self) -> list[_Tool]:
         if isinstance(self.tool_choice, _Choice):
             return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]

@@ -298,7 +298,7 @@ def test_tool_calls_are_read_from_the_text(tokenizer, parallel):
     prompt = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     calls = ['<tool_call>\n{"name": "catch", "arguments": {"count": 1}}\n</tool_call>'] * 2
     text = "<think>\nHm.\n</think>\n\nAye.\n" + "\n".join(calls)
-    choice = Chat(tokenizer, 0, "call", build_response_parser(tokenizer, family, prompt), parallel=parallel)
+    choice = Chat(tokenizer, 0, parser=build_response_parser(tokenizer, family, prompt), parallel=parallel)
     chunks = choice.begin()
     for i in range(0, len(text), 7):
         chunks += choice.add(Piece(text[i : i + 7]))
