@@ -4,6 +4,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Literal
 
 from transformers.utils.versions import require_version
@@ -16,6 +17,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
 PER_LAYER = {"layer_types": "layer_type", "no_rope_layers": "has_rope"}  # lists: the attribute of a layer
+
+# `"config"` and `"model"`: readers of other families' checkpoints, called in place of transformers' methods with the method
+# as first argument. `hf_lm/interop` fills this in; in a copy of this file from the Hub it stays empty.
+READERS: dict[str, Callable] = {}
 
 # What the Auto classes find in the config.json of a saved model.
 AUTO_MAP = {
@@ -32,6 +37,11 @@ IMPORTED_LATER = """
 from .functional_hf_lm import check_ids
 from .modeling_hf_lm import HfLmModel
 """
+
+
+def call(load: Callable, *args, **kwargs):
+    """The reader where none is registered."""
+    return load(*args, **kwargs)
 
 
 def add_default_adapter_targets() -> None:
@@ -223,6 +233,12 @@ class HfLmConfig(PreTrainedConfig):
             if values != known:
                 setattr(self, name, values)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As in transformers; with a reader, the config.json of other families as well."""
+        load = super().get_config_dict
+        return READERS.get("config", call)(load, pretrained_model_name_or_path, **kwargs)
+
     def to_dict(self) -> dict:
         add_default_adapter_targets()  # PEFT asks for this dict before it looks up the targets
         return super().to_dict()
@@ -370,4 +386,4 @@ class HfLmConfig(PreTrainedConfig):
         return {layer_type: rope[layer_type] for layer_type in layer_types}
 
 
-__all__ = ["AUTO_MAP", "HfLmConfig"]
+__all__ = ["AUTO_MAP", "READERS", "HfLmConfig"]

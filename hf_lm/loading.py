@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import InputError
 from .files import read_json
-from .interop.folders import is_missing_folder, outside_paths
+from .interop.folders import check_weight_files, is_missing_folder, outside_paths
 
 
 def register_auto_classes() -> None:
@@ -22,7 +22,7 @@ def register_auto_classes() -> None:
     from . import kernels
     from . import modeling_hf_lm as modeling
     from .configuration_hf_lm import HfLmConfig
-    from .interop.weights import install
+    from .interop.reader import install
 
     kernels.enable()
     install()
@@ -102,11 +102,10 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     from .interop.adapters import check_base
     from .interop.convert import readable
     from .interop.heads import check_is_language_model
-    from .interop.weights import check_complete, check_files, check_index
+    from .interop.weights import check_complete
 
     if os.path.isdir(path):
-        check_index(path)
-        check_files([str(file) for file in sorted(Path(path).glob("*.safetensors"))])
+        check_weight_files(Path(path))
     if auto_class == "AutoModelForCausalLM":
         with readable(path):
             check_is_language_model(path, "hf-lm demo and the pipelines of transformers use it.")

@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_hf_lm import AUTO_MAP, HfLmConfig
+from .configuration_hf_lm import AUTO_MAP, READERS, HfLmConfig, call
 from .functional_hf_lm import (
     KERNELS,
     LOSSES,
@@ -316,6 +316,12 @@ class HfLmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HfLmScaledEmbedding):
             init.constant_(module.embed_scale, module.scalar_embed_scale)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; with a reader, checkpoints of other families as well, and none that lacks weights."""
+        load = super().from_pretrained
+        return READERS.get("model", call)(load, pretrained_model_name_or_path, *args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, save_code: bool = True, **kwargs):
         """
         As in transformers, but `HfLmConfig.save_pretrained` writes the code, of all classes of this file. (transformers
@@ -332,7 +338,7 @@ class HfLmPreTrainedModel(PreTrainedModel):
             self.config._auto_class = None
         self.config.fit_to_layers(getattr(self, self.base_model_prefix, self).layers)
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)  # ours, always
         finally:
             for name in ("_auto_class", "is_remote_code"):
                 self.__dict__.pop(name, None)

@@ -86,18 +86,7 @@ PRIVATE = {
         "an option of save_pretrained",
     ),
     "transformers.PreTrainedModel._from_config": ("planning/plan.py", "heads without an Auto class", "from_config"),
-    "transformers.PreTrainedModel._hf_peft_config_loaded": (
-        "interop/weights.py", "tells an adapter's files", "a public predicate"
-    ),
-    "transformers.PreTrainedModel._load_pretrained_model": (
-        "interop/weights.py", "checks the weights that were found", "a hook between loading and reporting"
-    ),
     "transformers.PreTrainedModel._loss_function": ("modeling_hf_lm.py", "a loss set by the user wins", "a getter"),
-    "transformers.core_model_loading._weight_conversions": (
-        "interop/convert.py interop/weights.py",
-        "names of the other family when loading and saving",
-        "conversions as an argument",
-    ),
     "transformers.PreTrainedTokenizerFast._tokenizer": (
         "interop/convert.py tokenization.py", "replaces the tokenizer behind the class", "a setter"
     ),

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 
 from .. import modeling_hf_lm
 from ..configuration_hf_lm import HfLmConfig
@@ -33,7 +33,8 @@ from .families import choose_family, read_config
 from .folders import check_sizes
 from .heads import HEADS, head_of
 from .parity import compare, rounded
-from .weights import check_loaded, gguf_head_dim, native_state_dict, source_config
+from .reader import gguf_head_dim, source_config
+from .weights import check_loaded, native_state_dict
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
@@ -225,7 +226,7 @@ def import_checkpoint(
                 folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=True, output_loading_info=True, **gguf
             )
         if not allow_missing:
-            check_loaded(model, SimpleNamespace(**info, conversion_errors={}), folder, heads=("",))
+            check_loaded(model, info, folder)
         check_model(model, tokenizer, source)
         save(staging, model, tokenizer)
         saved_dtype = model.dtype
@@ -271,7 +272,7 @@ def load_for_export(source: str, dtype: str) -> tuple[HfLmPreTrainedModel, str |
         model, info = our_class(head).from_pretrained(
             source, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=True, output_loading_info=True
         )
-    check_loaded(model, SimpleNamespace(**info, conversion_errors={}), source, heads=("",))
+    check_loaded(model, info, source)
     check_model(model, tokenizer, source)
     return model.eval(), head, tokenizer
 
@@ -292,13 +293,14 @@ def to_native(model: HfLmPreTrainedModel, family: str | None = None) -> PreTrain
     if head is not None:
         config.id2label, config.problem_type = model.config.id2label, model.config.problem_type
         config.label2id = model.config.label2id
-    native = chosen.native_class(head).from_pretrained(
-        None, config=config, state_dict=native_state_dict(model, chosen, head), dtype=model.dtype
-    )
-    native._weight_conversions = None  # so that the names in the file are those that the library writes by itself
+    config.dtype = model.dtype
+    with no_init_weights():
+        native = chosen.native_class(head)(config)
+    native.load_state_dict(native_state_dict(model, chosen, head), assign=True)
+    native.tie_weights()
     if head is None:
         native.generation_config = model.generation_config
-    return native
+    return native.eval()
 
 
 def export_native(

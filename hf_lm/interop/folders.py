@@ -1,5 +1,6 @@
 """What a model folder may hold, checked by reading it; nothing here runs code of the folder."""
 
+import json
 import math
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -72,3 +73,46 @@ def outside_paths(folder: Path) -> list[str]:
     if adapter and not (Path(str(adapter)) / "config.json").is_file():
         named.append(("adapter_config.json, where no base model is", adapter))
     return [f"{name}: {value}" for name, value in named if is_outside(value)]
+
+
+def check_weight_files(folder: Path) -> set[str]:
+    """
+    The names of the tensors in a model folder.
+
+    Raises:
+        InputError: the index of a sharded checkpoint is no index, or names a file outside its folder; a weight file is
+            missing, no safetensors file at all (a git-lfs pointer, a web page), or cut short.
+    """
+    files = set(folder.glob("*.safetensors"))
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path}: no index of a sharded checkpoint, it needs a weight_map of tensors to files ({error!r})."
+            ) from error
+        for name in names:
+            if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+                raise InputError(f"{path}: weight_map names {name!r}; only safetensors files beside it are allowed.")
+        files |= {folder / name for name in names}
+    return {name for file in sorted(files) for name in tensor_names(file)}
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Those of one safetensors file; raises as `check_weight_files`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise InputError(f"{file}: listed in the index of the checkpoint, but there is no such file.")
+    with open(file, "rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file}: a git-lfs pointer instead of weights; fetch the file itself (git lfs pull).")
+    if head.lstrip()[:1] == b"<":
+        raise InputError(f"{file}: a web page (HTML) instead of weights; download the file itself.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise InputError(f"{file}: {size} bytes that are no complete safetensors file ({error}).") from error

@@ -13,7 +13,7 @@ from .convert import DTYPES, REPORT, load_for_export, staged, to_native, write_r
 from .families import FAMILIES, choose_family
 from .heads import HEADS
 from .parity import compare, default_text, rounded
-from .weights import gguf_head_dim
+from .reader import gguf_head_dim
 
 FILE_NAME = "model.gguf"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
