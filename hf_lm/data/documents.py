@@ -18,6 +18,7 @@ from huggingface_hub import HfFileSystem, hf_hub_download, snapshot_download
 from transformers.utils import logging
 
 from ..errors import InputError, one_line
+from ..files import sha256_of
 from .arguments import DataArguments
 from .readers import FORMATS, examine, format_of, name_files, read_files
 
@@ -176,7 +177,7 @@ def _folder_cache(folder: str) -> str:
     """Where `datasets` caches a local folder: a place of its own for each content, because it looks only at times."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{_file_sha256(path)}\0".encode())
+        digest.update(f"{path.relative_to(folder)}\0{sha256_of(path)}\0".encode())
     return os.path.join(datasets.config.HF_DATASETS_CACHE, "hf_lm_folders", digest.hexdigest()[:32])
 
 
@@ -359,17 +360,8 @@ def load_documents(arguments: DataArguments) -> dict[str, Dataset | IterableData
     return load_rows(arguments, lambda rows, where: with_text(rows, arguments.text_column_name, where))
 
 
-def _file_sha256(*paths: str | Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def data_sha256(arguments: DataArguments) -> str | None:
     """SHA-256 over the bytes of all named files in order; None for a dataset of the Hub."""
     keys = [f"{split}_file" for split in SPLITS if getattr(arguments, f"{split}_file")]
     paths = [path for key in keys for path in expand(key, getattr(arguments, key))]
-    return _file_sha256(*paths) if paths else None
+    return sha256_of(*paths) if paths else None

@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from .. import modeling_hf_lm
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, one_line
-from ..files import culprit, library_is_silent
+from ..files import culprit, library_is_silent, write_json
 from ..modeling_hf_lm import HfLmPreTrainedModel
 from .families import choose_family, read_config
 from .folders import check_sizes
@@ -188,7 +188,7 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / REPORT, report)
     return report
 
 

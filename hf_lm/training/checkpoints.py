@@ -5,7 +5,6 @@ A save goes into a folder beside its place, is synced to the disk, gets a manife
 then renamed to `checkpoint-STEP` in one move: a folder of that name is complete or damaged later, never half-written.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..errors import InputError
+from ..files import fsync, sha256_of, write_json
 from .arguments import decisive
 
 MANIFEST = "manifest.json"
@@ -41,18 +41,8 @@ PROGRESS = "progress"  # entry of the manifest: the place in the data, and count
 version = cache(metadata.version)  # looks through all that is installed
 
 
-def _sync(path: Path) -> None:
-    if os.name == "posix" or path.is_file():  # elsewhere a folder cannot be opened
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _facts(path: Path) -> dict:
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 @contextmanager
@@ -93,21 +83,18 @@ def seal(folder: Path, target: Path, **facts) -> None:
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file()]
     with ThreadPoolExecutor() as threads:  # both leave Python to the others: the disk works while bytes are hashed
-        written, synced = threads.map(_facts, files), threads.map(_sync, paths)
+        written, synced = threads.map(_facts, files), threads.map(fsync, paths)
         written, _ = list(written), list(synced)
     manifest = {
         "files": {str(path.relative_to(folder)): of for path, of in zip(files, written, strict=True)},
         "versions": {name: version(name) for name in PACKAGES},
         **facts,
     }
-    path = folder / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(path)
-    _sync(folder)
+    write_json(folder / MANIFEST, manifest)
     if target.exists():
         os.rename(target, folder.with_name(f"old-{target.name}"))
     os.rename(folder, target)
-    _sync(target.parent)
+    fsync(target.parent)
 
 
 def rotate(run: Path, limit: int | None, keep: list[Path]) -> None:

@@ -572,8 +572,4 @@ class HfLmTrainer(Trainer):
         return metrics
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Ours, from the measurements, instead of upstream's."""
-        from ..hub import write_card
-
-        if self.is_world_process_zero():
-            write_card(self.args.output_dir, name=self.hub_model_id)
+        """Keep the README.md that is there: `hub.push.PushCallback` writes the card before a push."""
