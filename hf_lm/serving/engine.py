@@ -11,12 +11,13 @@ from collections import Counter, deque
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ..generation.decoding import pad_token, stop_tokens
+from ..generation.decoding import generate_batch, pad_token, stop_tokens
 
 MAX_ROWS = 64  # of a batch
 MAX_BATCH_TOKENS = 1 << 17  # rows times the longest, the answer included; a single row may have more
@@ -250,28 +251,26 @@ class Engine:
             running = self._admit(running)
             for row in running:
                 if row.processors is None and not row.finished:
-                    try:
-                        with torch.no_grad():
-                            row.start(self.model)
-                    except Exception as error:
-                        row.finish(error)
+                    self._attempt([row], partial(row.start, self.model))
             running = [row for row in running if not row.finished]
             if running:
-                try:
-                    self._generate(running)
-                except Exception as error:
-                    for row in running:
-                        row.finish(error)
+                self._attempt(running, partial(self._generate, running))
             running = [row for row in running if not row.finished]
+
+    @staticmethod
+    @torch.no_grad()
+    def _attempt(rows: list[Row], work: Callable[[], None]) -> None:
+        """Do some work for rows; an exception ends them, not the engine."""
+        try:
+            work()
+        except Exception as error:
+            for row in rows:
+                row.finish(error)
 
     def _generate(self, rows: list[Row]) -> None:
         """Let the rows grow until all have ended, or until it pays to go on as another batch."""
-        texts = [row.prompt + row.new for row in rows]
+        texts, engine = [row.prompt + row.new for row in rows], self
         width = max(map(len, texts))
-        pads = [width - len(text) for text in texts]
-        device, engine = self.model.device, self
-        input_ids = torch.tensor([[0] * pad + text for pad, text in zip(pads, texts, strict=True)], device=device)
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
 
         class Choose(LogitsProcessor):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -279,7 +278,7 @@ class Engine:
                 for i, row in enumerate(rows):
                     if not row.finished:
                         try:
-                            tokens[i] = row.step(input_ids[i, pads[i] :], scores[i])
+                            tokens[i] = row.step(input_ids[i, -len(row.prompt) - len(row.new) :], scores[i])
                         except Exception as error:
                             row.finish(error)
                 chosen = torch.tensor(tokens, device=scores.device)[:, None]
@@ -294,9 +293,9 @@ class Engine:
                     ended = [True] * len(rows)
                 return torch.tensor(ended, device=input_ids.device)
 
-        self.model.generate(
-            input_ids,
-            attention_mask=mask,
+        generate_batch(
+            self.model,
+            texts,
             max_new_tokens=max(row.limit - len(row.new) for row in rows),
             logits_processor=LogitsProcessorList([Choose()]),
             stopping_criteria=StoppingCriteriaList([End()]),
