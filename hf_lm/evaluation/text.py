@@ -5,13 +5,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby, islice, tee
 from operator import itemgetter
 
 import numpy as np
 import torch
 from tokenizers import processors
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.packing import IGNORED, encode_documents, evaluation_windows, segment_prefix, segments
 from ..errors import InputError
@@ -68,7 +69,7 @@ def score_windows(
     Yields:
         For each window, float64 values of shape `(scored tokens,)`.
     """
-    windows = iter(windows)
+    windows, fill = iter(windows), {"input_ids": 0, "labels": IGNORED}
     while group := list(islice(windows, 32 * batch_size)):
         order = sorted(range(len(group)), key=lambda number: -len(group[number]["input_ids"]))
         results: list = [None] * len(group)
@@ -76,14 +77,15 @@ def score_windows(
             longest = len(group[order[0]]["input_ids"])
             count = max(1, min(batch_size, LOGITS // (longest * model.config.get_text_config().vocab_size)))
             batch, order = order[:count], order[count:]
-            input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            labels, mask = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids)
-            for row, number in enumerate(batch):
-                length = len(group[number]["input_ids"])
-                input_ids[row, :length] = torch.as_tensor(group[number]["input_ids"])
-                labels[row, :length] = torch.as_tensor(group[number]["labels"])
-                mask[row, :length] = 1
-            inputs = {"input_ids": input_ids, "labels": labels} | ({} if mask.all() else {"attention_mask": mask})
+            rows = [{name: torch.as_tensor(group[number][name]).long() for name in fill} for number in batch]
+            inputs = {
+                name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+                for name, value in fill.items()
+            }
+            lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+            if lengths.min() < longest:
+                inputs["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+            labels = inputs["labels"]
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             scores = measure(model, **inputs).double().cpu()
             for row, number in enumerate(batch):
@@ -125,17 +127,16 @@ class TextScore:
 
     def by_document(self) -> list[dict]:
         """`document` (its number), `bits_per_byte`, `tokens` and `bytes` of each document, the worst first."""
-        totals: dict[int, np.ndarray] = {}
-        for document, *part in zip(self.documents, self.nats, self.tokens, self.num_bytes, strict=True):
-            totals[document] = totals.get(document, np.zeros(3)) + part
+        documents, numbers = np.unique(self.documents, return_inverse=True)
+        columns = (np.bincount(numbers, weights=values) for values in (self.nats, self.tokens, self.num_bytes))
         rows = [
             {
-                "document": document,
-                "bits_per_byte": nats / math.log(2) / size,
+                "document": int(document),
+                "bits_per_byte": float(nats / math.log(2) / size),
                 "tokens": int(tokens),
                 "bytes": int(size),
             }
-            for document, (nats, tokens, size) in totals.items()
+            for document, nats, tokens, size in zip(documents, *columns, strict=True)
             if size
         ]
         return sorted(rows, key=itemgetter("bits_per_byte"), reverse=True)
@@ -247,23 +248,17 @@ def score_documents(
         windows = segments(texts, tokenizer, block_size, prefix)
     else:
         windows = _strided(texts, tokenizer, block_size, stride, prefix)
-    result, notes = TextScore(), []
-
-    def noted() -> Iterator[dict]:
-        for window in windows:
-            notes.append((window["document"], window["sizes"]))
-            yield window
-
-    scores = ((*notes[number], -row) for number, row in enumerate(score_windows(model, noted(), batch_size)))
-    for document, group in groupby(scores, key=itemgetter(0)):
-        _, sizes, nats = zip(*group, strict=True)
-        if not sum(map(len, nats)):
-            continue
-        for values, name in zip(
-            _pieces(np.concatenate(nats), np.concatenate(sizes)), ("nats", "tokens", "num_bytes"), strict=True
-        ):
-            getattr(result, name).extend(values.tolist())
-        result.documents.extend([document] * (len(result.nats) - len(result.documents)))
+    windows, inputs = tee(windows)
+    rows, result = zip(windows, score_windows(model, inputs, batch_size), strict=True), TextScore()
+    for document, group in groupby(rows, key=lambda row: row[0]["document"]):
+        parts = [(window["sizes"], log_probabilities) for window, log_probabilities in group]
+        sizes, log_probabilities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if len(sizes):
+            nats, tokens, num_bytes = _pieces(-log_probabilities, sizes)
+            result.nats += nats.tolist()
+            result.tokens += tokens.tolist()
+            result.num_bytes += num_bytes.tolist()
+            result.documents += [document] * len(nats)
     if not sum(result.tokens):
         raise InputError("there is no text to score.")
     return result
