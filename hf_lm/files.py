@@ -33,7 +33,7 @@ def read_json(path: Path, strict: bool = False) -> dict:
         raise
     except (OSError, ValueError, RecursionError) as error:
         if strict:
-            raise InputError(f"{path}: not a JSON file: {one_line(error)}") from error
+            raise InputError(f"{path}: not a valid JSON file: {one_line(error)}") from error
         return {}
     if strict and not isinstance(content, dict):
         raise InputError(f"{path}: must hold an object {{...}}, got {type(content).__name__}.")
@@ -55,14 +55,12 @@ def culprit(path: Path, build: Callable[[dict], object]) -> str | None:
             return one_line(error)
         return None
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{path}: not a valid JSON file: {one_line(error)}"
-    if not isinstance(content, dict):
-        return f"{path}: must hold an object {{...}}, got {type(content).__name__}."
+    try:
+        content = read_json(path, strict=True)
+    except InputError as error:
+        return str(error)
     if (reason := failure(content)) is None:
         return None
     others = ({name: content[name] for name in content if name != key} for key in content)

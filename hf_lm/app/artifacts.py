@@ -14,6 +14,7 @@ from ..data.documents import data_sha256
 from ..errors import CRASH_FILE
 from ..files import write_text
 from ..hardware import describe_hardware, peak_memory
+from ..hub.card import write_card
 from ..records import write_metrics
 from ..reports.curve import plot_loss_curve
 from ..reports.report import write_report
@@ -120,8 +121,6 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
 
 def save_run(trainer: HfLmTrainer, metrics: dict) -> None:
     """Write everything that the finished folder holds, and push it if that is asked for."""
-    from ..hub import write_card
-
     folder = Path(trainer.args.output_dir)
     trainer.model.config.use_cache = True
     trainer.save_model()

@@ -137,12 +137,6 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
         raise Interrupted(interrupt.signal, os.path.join(trainer.args.output_dir, checkpoint))
 
 
-def costs_of(folder: Path) -> dict:
-    """What a run's `metrics.json` says of its costs; `{}` if there is none."""
-    metrics = read_metrics(folder)
-    return {key: metrics[key] for key in COSTS if key in metrics}
-
-
 def keep_run_traceback(error: Exception, arguments: HfLmTrainingArguments) -> None:
     """Write the traceback of a crash to the run's folder, `crash.txt`; to a temporary file if it holds no run yet."""
     folder, process = Path(arguments.output_dir), arguments.process_index
@@ -191,7 +185,7 @@ def train(
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(folder, recipe)
-    costs_before = costs_of(folder)
+    costs_before = {key: value for key, value in read_metrics(folder).items() if key in COSTS}
     fit(trainer, checkpoint)
     actual = {
         "train_seconds": trainer.train_seconds,

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..errors import InputError
-    from ..hub import write_card
+    from ..hub.card import write_card
     from ..interop.convert import readable
 
     if len(arguments.models) > 1 and arguments.output and not Path(arguments.output).is_dir():

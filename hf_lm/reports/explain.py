@@ -6,7 +6,7 @@ hooks change one thing (a head, the layers above one) and the rest of the model 
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -54,16 +54,8 @@ def lens_logits(model: nn.Module, input_ids: torch.Tensor) -> Iterator[torch.Ten
     for used in range(len(layers) + 1):
         with ExitStack() as stack:
             for layer in layers[used:]:
-                stack.enter_context(_removed(layer.register_forward_hook(_skip, with_kwargs=True)))
+                stack.enter_context(layer.register_forward_hook(_skip, with_kwargs=True))  # removed at exit
             yield model(input_ids=input_ids, use_cache=False).logits.float()
-
-
-@contextmanager
-def _removed(handle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def head_ablation(model: nn.Module, input_ids: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
@@ -82,7 +74,7 @@ def head_ablation(model: nn.Module, input_ids: torch.Tensor, batch_size: int = 8
                 by_head[torch.arange(len(silenced)), :, silenced] = 0
                 return (by_head.flatten(-2), *arguments[1:])
 
-            with _removed(output_projection(layer).register_forward_pre_hook(silence)):
+            with output_projection(layer).register_forward_pre_hook(silence):
                 costs.append(text_nats(model, input_ids.expand(len(silenced), -1)) - whole)
     return torch.cat(costs).view(-1, heads)
 

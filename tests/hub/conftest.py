@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
-from hf_lm.hub import write_card
+from hf_lm.hub.card import write_card
 
 METRICS = {
     "bits_per_byte": 2.1234567,

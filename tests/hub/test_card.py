@@ -12,8 +12,7 @@ import hf_lm
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.hub import card as card_module
-from hf_lm.hub import write_card
-from hf_lm.hub.card import missing_from_card
+from hf_lm.hub.card import missing_from_card, write_card
 
 
 def change_json(path, **values) -> None:
