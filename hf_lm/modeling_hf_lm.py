@@ -295,18 +295,21 @@ class HfLmPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HfLmDecoderLayer, "attentions": HfLmAttention}
+    chosen_loss: Callable | None = None  # set through `loss_function`
 
     @property
     def _supports_sdpa(self) -> bool:
         """SDPA has no soft cap: models with one fall back to eager attention, and say so if SDPA is asked for."""
         return self.config.attn_logit_softcapping is None
 
-    @PreTrainedModel.loss_function.getter
+    @property
     def loss_function(self) -> Callable:
         """That of transformers, but 0 instead of NaN where no label counts; or the one that was set."""
-        if self.loss_type in LOSSES and not hasattr(self, "_loss_function"):
-            return LOSSES[self.loss_type]
-        return super().loss_function
+        return self.chosen_loss or LOSSES.get(self.loss_type) or super().loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Callable):
+        self.chosen_loss = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

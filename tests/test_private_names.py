@@ -37,7 +37,6 @@ PRIVATE = {
         "frees the saved gradient unless retain_graph",
         "a way to ask for retain_graph",
     ),
-    "torch._dynamo.exc": ("kernels/loss.py", "names the error of a failed compilation", "a public exception"),
     "torch._subclasses.fake_tensor": (
         "anatomy.py planning/plan.py",
         "runs a model without memory, and recognizes such a run",
@@ -86,7 +85,6 @@ PRIVATE = {
         "an option of save_pretrained",
     ),
     "transformers.PreTrainedModel._from_config": ("planning/plan.py", "heads without an Auto class", "from_config"),
-    "transformers.PreTrainedModel._loss_function": ("modeling_hf_lm.py", "a loss set by the user wins", "a getter"),
     "transformers.PreTrainedTokenizerFast._tokenizer": (
         "interop/convert.py tokenization.py", "replaces the tokenizer behind the class", "a setter"
     ),

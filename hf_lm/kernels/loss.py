@@ -227,7 +227,9 @@ def _fastest_loss_and_gradients(hidden: torch.Tensor, *arguments) -> tuple[torch
     if hidden.device.type in COMPILED_ON and not _compiler_fails:
         try:
             return _compiled_loss_and_gradients(hidden, *arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the compiler; an error of the inputs is raised again below
             _compiler_fails = True
             reason = str(error).partition("\n")[0]
             logger.warning(f"The loss takes longer and more memory, for here it cannot be compiled. {reason}")
