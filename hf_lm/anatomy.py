@@ -43,9 +43,15 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
     return {part: count for part, count in parts.items() if count}
 
 
-def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What Muon trains, if it is asked for."""
-    return [parameter for parameter in decoder_layers(model).parameters() if parameter.ndim == 2]
+def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """
+    The matrices that an optimizer of whole matrices, such as Muon, trains: what the model's own `matrix_parameters` says, or
+    all two-dimensional parameters of the decoder layers. An adapter's matrices in these layers are among them.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()  # of a model wrapped by PEFT
+    if hasattr(base, "matrix_parameters"):
+        return base.matrix_parameters()
+    return [parameter for parameter in decoder_layers(base).parameters() if parameter.ndim == 2]
 
 
 def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:

@@ -325,6 +325,11 @@ class HfLmPreTrainedModel(PreTrainedModel):
         load = super().from_pretrained
         return READERS.get("model", call)(load, pretrained_model_name_or_path, *args, **kwargs)
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """Weights of the layers' linear maps, which an optimizer of whole matrices such as Muon trains."""
+        layers = getattr(self, self.base_model_prefix, self).layers
+        return [module.weight for module in layers.modules() if isinstance(module, nn.Linear)]
+
     def save_pretrained(self, save_directory, *args, save_code: bool = True, **kwargs):
         """
         As in transformers, but `HfLmConfig.save_pretrained` writes the code, of all classes of this file. (transformers

@@ -25,8 +25,8 @@ from ..reports.report import measure_quality
 from ..tasks import task_class
 from ..training.arguments import HfLmTrainingArguments, ModelArguments
 from ..training.callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback, TroubleCallback
-from ..training.checkpoints import checkpoint_to_resume
-from ..training.trainer import STOPPER_COUNT, HfLmTrainer
+from ..training.checkpoints import STOPPER_COUNT, checkpoint_to_resume
+from ..training.trainer import HfLmTrainer
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
 
 # Keys of model and data that a run may change on the way: they do not touch what it trains on.
@@ -188,7 +188,7 @@ def train(
     costs_before = {key: value for key, value in read_metrics(folder).items() if key in COSTS}
     fit(trainer, checkpoint)
     actual = {
-        "train_seconds": trainer.train_seconds,
+        "train_seconds": trainer.progress.seconds,
         "trained_seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
     }

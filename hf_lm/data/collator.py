@@ -62,12 +62,19 @@ class PackedCollator:
 
 @dataclass
 class SizedCollator:
-    """Another collator, whose batches also hold `num_bytes`, `(rows,)`, where the rows have it."""
+    """
+    Another collator, whose batches also hold `num_bytes`, `(rows,)`, where the rows have it.
+
+    Args:
+        columns: those that the other collator gets; default: all.
+    """
 
     collator: Callable[[list[dict]], dict]
+    columns: set[str] | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = self.collator([{name: row[name] for name in row if name != SIZE} for row in rows])
+        names = [name for name in rows[0] if name != SIZE and (self.columns is None or name in self.columns)]
+        batch = self.collator([{name: row[name] for name in names} for row in rows])
         if all(SIZE in row for row in rows):
             batch[SIZE] = torch.tensor([int(row[SIZE]) for row in rows])
         return batch

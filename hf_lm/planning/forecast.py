@@ -13,10 +13,11 @@ from itertools import islice
 import numpy as np
 import psutil
 import torch
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from ..generation.decoding import continue_prompts
 from ..hardware import peak_memory
+from ..training.manifest import Progress
 
 WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
 SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
@@ -58,12 +59,13 @@ class _Stopwatch(TrainerCallback):
     """Ends training when enough steps have been timed; a first one that compiles does not count."""
 
     def __init__(self, seconds: float, compiles: bool = False):
-        self.seconds, self.compiles, self.trainer = seconds, compiles, None
-        # The clock and the trainer's tokens, at the start and after each step.
+        self.seconds, self.compiles = seconds, compiles
+        self.progress = Progress()  # in its place comes that of the trainer that is timed
+        # The clock and the tokens so far, at the start and after each step.
         self.marks: list[tuple[float, int]] = []
 
     def _mark(self, device: torch.device) -> None:
-        self.marks.append((_now(device), self.trainer.train_tokens))
+        self.marks.append((_now(device), self.progress.tokens))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._mark(args.device)
@@ -90,78 +92,95 @@ def _keeps_graph(trainer) -> bool:
 
 @contextmanager
 def _nothing_changes(trainer) -> Iterator[None]:
-    """
-    Random numbers, and the model's mode and forward (which training wraps in autocast), are afterwards as before. The
-    forward of a compiled model stays.
-    """
+    """Random numbers and the model's mode are afterwards as before."""
     model, device, python, numpy = trainer.model, trainer.args.device, random.getstate(), np.random.get_state()
-    own, training, use_cache = dict(model.__dict__), model.training, model.config.use_cache
+    training, use_cache = model.training, model.config.use_cache
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        if not _keeps_graph(trainer):
-            model.__dict__.clear()
-            model.__dict__.update(own)
         model.train(training).zero_grad(set_to_none=True)
         model.config.use_cache = use_cache
 
 
-def _twin(trainer, watch: _Stopwatch):
-    """A trainer like this one, of the same model, whose learning rates are 0: its steps leave the weights as they are."""
-    twin = copy.copy(trainer)
-    twin.args = arguments = copy.copy(trainer.args)
+def _rehearsal(trainer, watch: _Stopwatch):
+    """A second trainer of the same model and data, whose learning rates are 0: its steps leave the weights as they are."""
+    arguments = copy.copy(trainer.args)
     arguments.learning_rate, arguments.on_divergence, arguments.max_divergences = 0.0, "skip", sys.maxsize
     arguments.muon_learning_rate = None if arguments.muon_learning_rate is None else 0.0
     arguments.eval_strategy = arguments.save_strategy = arguments.logging_strategy = "no"
     arguments.load_best_model_at_end = arguments.eval_on_start = arguments.push_to_hub = False
-    flow = [DefaultFlowCallback(), watch]
-    twin.callback_handler = CallbackHandler(flow, trainer.model, trainer.processing_class, None, None)
-    twin.watch, twin._losses, twin.train_tokens = type(trainer.watch)(twin), [], 0
-    watch.trainer = twin
-    return twin
+    arguments.report_to, arguments.disable_tqdm = [], True
+    rehearsal = type(trainer)(
+        model=trainer.model,
+        args=arguments,
+        data_collator=trainer.data_collator,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        compute_metrics=None if trainer.models_language else trainer.compute_metrics,
+        row_likelihoods=trainer.row_likelihoods,
+        processing_class=trainer.processing_class,
+        callbacks=[watch],
+    )
+    rehearsal.remove_callback(PrinterCallback)
+    watch.progress = rehearsal.progress
+    return rehearsal
 
 
-def _step_costs(twin, watch: _Stopwatch) -> dict:
-    twin.train()
-    state = [value for values in twin.optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
-    stored = sum(tensor.nbytes for tensor in [*state, *twin.model.parameters()])
-    tokens = twin.train_tokens / twin.state.global_step
+def _take_back(trainer, rehearsal) -> None:
+    """Give the trainer its model as it was; where it is compiled, the compiled one: the run need not compile it again."""
+    if _keeps_graph(trainer):
+        trainer.model_wrapped = rehearsal.model_wrapped
+        return
+    rehearsal.accelerator.unwrap_model(rehearsal.model_wrapped, keep_fp32_wrapper=False)
+    if "forward" in vars(trainer.model):  # accelerate leaves the class's own in its place
+        del trainer.model.forward
+
+
+def _step_costs(rehearsal, watch: _Stopwatch) -> dict:
+    rehearsal.train()
+    state = [
+        value for values in rehearsal.optimizer.state.values() for value in values.values() if torch.is_tensor(value)
+    ]
+    stored = sum(tensor.nbytes for tensor in [*state, *rehearsal.model.parameters()])
+    tokens = rehearsal.progress.tokens / rehearsal.state.global_step
     costs = {
-        "steps": twin.state.max_steps,
+        "steps": rehearsal.state.max_steps,
         "tokens": tokens,
         "step": tokens * watch.seconds_per_token(),
         "save": SAVE_SECONDS + stored / SAVED_BYTES_PER_SECOND,
     }
-    if twin.args.train_sampling_strategy == "group_by_length":  # which starts with the longest
-        rows = twin.train_dataset.select(range(0, len(twin.train_dataset), max(1, len(twin.train_dataset) // 1000)))
-        size = twin.args.train_batch_size * twin.args.gradient_accumulation_steps
+    if rehearsal.args.train_sampling_strategy == "group_by_length":  # which starts with the longest
+        rows = rehearsal.train_dataset.select(
+            range(0, len(rehearsal.train_dataset), max(1, len(rehearsal.train_dataset) // 1000))
+        )
+        size = rehearsal.args.train_batch_size * rehearsal.args.gradient_accumulation_steps
         usual = size * sum(map(len, rows["input_ids"])) / len(rows)
         costs |= {"tokens": usual, "step": costs["step"] * usual / costs["tokens"]}
     return costs
 
 
-def _evaluation_seconds(twin, batches: int) -> float:
+def _evaluation_seconds(rehearsal, batches: int) -> float:
     """Of all rows held out, from so many batches of rows that are taken at even distances: they may be sorted."""
-    rows, size = twin.eval_dataset, batches * twin.args.eval_batch_size
-    some, times = rows.select(range(0, len(rows), max(1, len(rows) // size))), [_now(twin.args.device)]
-    twin.model.eval()
-    for batch in islice(twin.get_eval_dataloader(some), batches):
-        twin.prediction_step(twin.model, batch, prediction_loss_only=False)
-        times.append(_now(twin.args.device))
-    return _mean(times) * math.ceil(len(rows) / twin.args.eval_batch_size)
+    rows, size = rehearsal.eval_dataset, batches * rehearsal.args.eval_batch_size
+    some, times = rows.select(range(0, len(rows), max(1, len(rows) // size))), [_now(rehearsal.args.device)]
+    rehearsal.model.eval()
+    for batch in islice(rehearsal.get_eval_dataloader(some), batches):
+        rehearsal.prediction_step(rehearsal.model, batch, prediction_loss_only=False)
+        times.append(_now(rehearsal.args.device))
+    return _mean(times) * math.ceil(len(rows) / rehearsal.args.eval_batch_size)
 
 
-def _sample_seconds(twin, tokens: int = 12) -> float:
-    if not twin.args.sample_prompts:
+def _sample_seconds(rehearsal, tokens: int = 12) -> float:
+    if not rehearsal.args.sample_prompts:
         return 0.0
     for count in (1, tokens):  # the first is not counted
-        times = [_now(twin.args.device)]
-        continue_prompts(twin.model, twin.processing_class, twin.args.sample_prompts, count)
-        times.append(_now(twin.args.device))
-    return _mean(times) * twin.args.sample_tokens / tokens
+        times = [_now(rehearsal.args.device)]
+        continue_prompts(rehearsal.model, rehearsal.processing_class, rehearsal.args.sample_prompts, count)
+        times.append(_now(rehearsal.args.device))
+    return _mean(times) * rehearsal.args.sample_tokens / tokens
 
 
 def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
@@ -183,21 +202,20 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
     start, arguments, watch = time.perf_counter(), trainer.args, _Stopwatch(seconds, trainer.args.torch_compile)
     looks, growth = trainer.eval_dataset is not None and arguments.eval_strategy != "no", 1.0
     with _nothing_changes(trainer), _memory_watched() as memory:
-        twin = _twin(trainer, watch)
-        costs = _step_costs(twin, watch) | {"evaluation": 0.0, "samples": 0.0}
+        rehearsal = _rehearsal(trainer, watch)
+        costs = _step_costs(rehearsal, watch) | {"evaluation": 0.0, "samples": 0.0}
         if looks:  # by turns with training, as in the run: what one frees the other cannot always use
             for batches in (1, 2):
-                costs["evaluation"] = _evaluation_seconds(twin, batches)
+                costs["evaluation"] = _evaluation_seconds(rehearsal, batches)
                 watch.marks, watch.seconds = [], 0.0
-                twin.train()
-            costs["samples"], growth = _sample_seconds(twin), HEAP_GROWTH
-    if _keeps_graph(trainer):
-        trainer.model_wrapped = twin.model_wrapped
+                rehearsal.train()
+            costs["samples"], growth = _sample_seconds(rehearsal), HEAP_GROWTH
+        _take_back(trainer, rehearsal)
     peak = max(peak_memory(), memory[0] + int(growth * (memory[1] - memory[0])))
     steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
-    epochs, every = arguments.num_train_epochs, twin.state.eval_steps
+    epochs, every = arguments.num_train_epochs, rehearsal.state.eval_steps
     times = {"steps": steps // every if every else 0, "epoch": epochs}.get(arguments.eval_strategy, 0)
-    saves = {"steps": -(-steps // twin.state.save_steps), "epoch": epochs}.get(arguments.save_strategy, 0)
+    saves = {"steps": -(-steps // rehearsal.state.save_steps), "epoch": epochs}.get(arguments.save_strategy, 0)
     train_seconds = steps * costs["step"] + times * looking + saves * costs["save"]
     result = {
         "train_seconds": train_seconds,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 
-from ..anatomy import decoder_layers, flops_per_token, layer_matrices, parameters_by_part
+from ..anatomy import decoder_layers, flops_per_token, matrix_parameters, parameters_by_part
 from ..errors import InputError, one_line
 from ..hardware import DEVICES, assumed_watts, describe_hardware, has_fast_bfloat16, memory_of
 from ..interop.adapters import add_adapter
@@ -46,7 +46,7 @@ def flops_by_part(
         muon_batch: with Muon, tokens of a step, over which its Newton-Schulz iterations are spread.
         muon_half: these are in 16 bits.
     """
-    sizes = [sorted(parameter.shape) for parameter in layer_matrices(model)] if muon_batch else []
+    sizes = [sorted(parameter.shape) for parameter in matrix_parameters(model)] if muon_batch else []
     of_optimizer = sum(newton_schulz_flops(*size, muon_half) for size in sizes) / (muon_batch or 1)
     return flops_per_token(model, context) | {"optimizer": of_optimizer}
 
@@ -150,7 +150,7 @@ def memory_by_part(model: nn.Module, arguments, length: int, device: str, checkp
         else:
             copies = 2 - arguments.bf16  # the slice and its gradients
         rows = copies * min(rows, height)
-    matrices = sum(parameter.numel() for parameter in layer_matrices(model)) if muon else 0
+    matrices = sum(parameter.numel() for parameter in matrix_parameters(model)) if muon else 0
     return {
         "weights": weights,
         "gradients": learned,

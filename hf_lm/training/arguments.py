@@ -1,5 +1,6 @@
 """The keys of a training recipe: a YAML file first, the command line over it, every key and type checked."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -38,15 +39,6 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
     set, 0.322 over AdamW for all. What `recipes/addresses` sets (`muon_momentum` 0.8, `learning_rate` 0.006, scaled
     embeddings) gains 0.106 more, but only where text is read once or twice (`recipes/LOG.md`).
     """
-
-    # What must not change between a run and its continuation: everything that decides the weights.
-    DECISIVE: ClassVar[tuple[str, ...]] = (
-        "learning_rate", "muon_learning_rate", "muon_momentum", "lr_scheduler_type", "lr_decay_ratio", "warmup_steps",
-        "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
-        "world_size", "train_sampling_strategy", "early_stopping_patience", "lr_scheduler_kwargs", "optim_args",
-        "label_smoothing_factor", "neftune_noise_alpha", "dataloader_drop_last",
-    )  # fmt: skip
 
     also_decisive: ClassVar[dict] = {}  # keys of model and data, where a recipe is run
 
@@ -121,11 +113,24 @@ def add_own_keys(arguments: TrainingArguments) -> None:
         arguments.greater_is_better = known
 
 
+# Arguments that may change between a run and its continuation: they decide neither data nor weights, only what is seen,
+# kept or sent, what the machine is, and what becomes of a divergence. All others must stay.
+MAY_CHANGE = (
+    "output_dir", "overwrite", "resume", "resume_from_checkpoint", "allow_changes", "restart_missing_state", "do_", "logging_",
+    "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "sample_", "forecast", "eval_", "per_device_eval_",
+    "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "save_",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "push_to_hub", "hub_", "use_cpu",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "local_rank", "debug", "skip_memory_metrics", "on_divergence", "max_divergences", "spike_factor", "ignore_data_skip",
+)  # fmt: skip
+
+
 def decisive(arguments: TrainingArguments) -> dict:
-    """The arguments that decide the weights, as a checkpoint's manifest keeps them."""
-    values = {name: getattr(arguments, name) for name in HfLmTrainingArguments.DECISIVE}
-    own = getattr(arguments, "also_decisive", {})
-    return {name: getattr(value, "value", value) for name, value in values.items()} | own
+    """The arguments that must not change over a resume, as a checkpoint's manifest keeps them."""
+    names = [key.name for key in fields(arguments) if not key.name.startswith(("_", *MAY_CHANGE))]
+    values = {name: getattr(arguments, name) for name in names} | {"world_size": arguments.world_size}
+    values |= getattr(arguments, "also_decisive", {})
+    return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", None) or str(value)))
 
 
 # Keys whose `~` and `$NAME` are read as a shell reads them.

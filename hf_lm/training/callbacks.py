@@ -4,18 +4,18 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..generation.decoding import continue_prompts
+from .divergence import sampler_of
 
 
 class HfLmProgressCallback(ProgressCallback):
@@ -147,36 +147,13 @@ class TroubleCallback(TrainerCallback):
             self._say(state, "overfitting", text and text + kept)
 
 
-def outlive_first_signal(seed_worker, worker_id: int) -> None:
-    """
-    What a data loader's worker does at its start: a first SIGINT or SIGTERM is not for it.
+class GroupByLengthCallback(TrainerCallback):
+    """Draw the order of `group_by_length` from the seed and the epoch: transformers draws it from a state restored later."""
 
-    Schedulers and terminals signal all processes of a run; the training one still needs batches to finish its step. Later
-    it ends its workers itself; a second signal ends them at once.
-
-    Args:
-        seed_worker: the `worker_init_fn` there was, or None.
-    """
-
-    def once(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, once)
-    if seed_worker is not None:
-        seed_worker(worker_id)
-
-
-def end_workers(loader: Callable[[], DataLoader | None]) -> None:
-    """
-    End persistent workers, at the end of Python too: `multiprocessing` sends one signal, which they outlive, and waits.
-
-    Args:
-        loader: a weak reference, or what else gives the loader.
-    """
-    iterator = getattr(loader(), "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = sampler_of(train_dataloader)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
 
 
 class InterruptCallback(TrainerCallback):

@@ -1,32 +1,31 @@
 """
 Checkpoints that a crash cannot spoil.
 
-A save goes into a folder beside its place, is synced to the disk, gets a manifest (each file's size and SHA-256) and is
-then renamed to `checkpoint-STEP` in one move: a folder of that name is complete or damaged later, never half-written.
+A save is marked as uncommitted first. When all its files are written, `CommitCallback` hashes and syncs them in a thread
+and writes the manifest: until then the checkpoint does not count, and a resume deletes it.
 """
 
-import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from torch.serialization import get_crc32_options, set_crc32_options
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..errors import InputError
-from ..files import fsync, sha256_of, write_json
 from .arguments import decisive
+from .manifest import MANIFEST, Progress, commit, file_facts, read_manifest
 
-MANIFEST = "manifest.json"
-ASIDE = "_saving"  # with such a name, the trainer's pushes to the Hub leave it out
+UNCOMMITTED = ".uncommitted"  # a file in a checkpoint that is being written
+TRASH = "_deleted"  # with such a name, the trainer's pushes to the Hub leave it out
 # What exact resumption needs, and what is lost without it.
 NEEDED = {"trainer_state.json": "the step", "*.safetensors*": "the weights"}
 CAN_START_ANEW = {
@@ -34,32 +33,13 @@ CAN_START_ANEW = {
     ("scheduler.pt",): "the place in the learning-rate schedule",
     ("rng_state*.pth",): "the random number generators' state",
 }
-PACKAGES = ("torch", "transformers", "hf-lm")
-PROGRESS = "progress"  # entry of the manifest: the place in the data, and counts
-
-
-version = cache(metadata.version)  # looks through all that is installed
-
-
-def _facts(path: Path) -> dict:
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+STOPPER_COUNT = "early_stopping_patience_counter"  # of transformers' callback, as checkpoints hold it
 
 
 @contextmanager
-def without_crc32() -> Iterator[None]:
-    """`torch.save` without a CRC-32 of each tensor: it takes longer than the SHA-256 that the manifest has instead."""
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
-
-
-@contextmanager
-def whole_or_nothing(run: Path, name: str) -> Iterator[None]:
+def whole_or_nothing(folder: Path) -> Iterator[None]:
     """
-    What goes wrong while a checkpoint is saved leaves nothing of it.
+    Leave nothing of a checkpoint that cannot be saved.
 
     Raises:
         RuntimeError: says what it was.
@@ -67,39 +47,89 @@ def whole_or_nothing(run: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        shutil.rmtree(run / ASIDE, ignore_errors=True)
-        raise RuntimeError(f"{run / name} could not be saved, those before are whole: {error}") from error
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RuntimeError(f"{folder} could not be saved, those before are whole: {error}") from error
 
 
-def seal(folder: Path, target: Path, **facts) -> None:
+@contextmanager
+def writing(folder: Path, is_mine: bool) -> Iterator[None]:
     """
-    Write the manifest of a finished save and move it into place.
+    Mark a checkpoint as uncommitted, and write its files without a CRC-32 of each tensor: it takes longer than the SHA-256
+    that the manifest has instead.
 
     Args:
-        folder: where the save was written, on the same file system as `target`.
-        target: its final name; an older checkpoint of that name is replaced.
-        facts: further entries of the manifest (step, arguments, ...).
+        is_mine: whether this process writes the shared files.
     """
-    paths = sorted(folder.rglob("*"))
-    files = [path for path in paths if path.is_file()]
-    with ThreadPoolExecutor() as threads:  # both leave Python to the others: the disk works while bytes are hashed
-        written, synced = threads.map(_facts, files), threads.map(fsync, paths)
-        written, _ = list(written), list(synced)
-    manifest = {
-        "files": {str(path.relative_to(folder)): of for path, of in zip(files, written, strict=True)},
-        "versions": {name: version(name) for name in PACKAGES},
-        **facts,
-    }
-    write_json(folder / MANIFEST, manifest)
-    if target.exists():
-        os.rename(target, folder.with_name(f"old-{target.name}"))
-    os.rename(folder, target)
-    fsync(target.parent)
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        with whole_or_nothing(folder):
+            if is_mine:
+                shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a rollback or a resume
+                folder.mkdir(parents=True)
+                (folder / UNCOMMITTED).touch()
+            yield
+    finally:
+        set_crc32_options(before)
+
+
+class CommitCallback(TrainerCallback):
+    """
+    Commits each checkpoint in a thread while training continues; callbacks that read it in `on_save` wait for it.
+
+    Args:
+        progress: the run's, for the manifest.
+
+    Attributes:
+        limit: the run's `save_total_limit`, which transformers must not see: it would delete before the commit.
+        is_awaited: whether another callback does something in `on_save`.
+    """
+
+    def __init__(self, progress: Progress):
+        self.progress, self.is_awaited, self.limit = progress, False, None
+        self.thread, self.pending = ThreadPoolExecutor(1), Future()
+        self.pending.set_result(None)
+
+    def on_save(self, args, state, control, **kwargs):
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.progress.count_time()
+        facts = {
+            "step": state.global_step,
+            "arguments": decisive(args),
+            "progress": self.progress.facts(state.global_step * args.gradient_accumulation_steps),
+        }
+        keep = [folder] + ([Path(state.best_model_checkpoint)] if state.best_model_checkpoint else [])
+        self.pending = self.thread.submit(self._commit, folder, facts, self.limit, keep)
+        if self.is_awaited:
+            self.wait()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.wait()
+        if args.should_save and self.limit == 1 and state.best_model_checkpoint:  # as transformers: the best alone
+            rotate(Path(args.output_dir), 1, [Path(state.best_model_checkpoint)])
+
+    @staticmethod
+    def _commit(folder: Path, facts: dict, limit: int | None, keep: list[Path]) -> None:
+        with whole_or_nothing(folder):
+            commit(folder, leave_out=UNCOMMITTED, **facts)
+            (folder / UNCOMMITTED).unlink(missing_ok=True)
+        rotate(folder.parent, limit, keep)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is committed; raise what prevented it."""
+        self.pending.result()
+
+    def raise_failure(self) -> None:
+        """Raise what prevented the last commit, if that is known already."""
+        if self.pending.done():
+            self.pending.result()
 
 
 def rotate(run: Path, limit: int | None, keep: list[Path]) -> None:
     """
-    Delete the oldest checkpoints of a run until `limit` valid ones are left, each of them in one move.
+    Delete the oldest checkpoints of a run until `limit` valid ones are left, each of them by one rename.
 
     Args:
         limit: None or 0 for no limit.
@@ -108,15 +138,10 @@ def rotate(run: Path, limit: int | None, keep: list[Path]) -> None:
     folders = [Path(name) for name in sort_checkpoints(str(run), PREFIX_CHECKPOINT_DIR, use_mtime=False)]
     whole = [folder for folder in folders if damage(folder, contents=False) is None]
     too_many = len(whole) - limit if limit else 0
-    (run / ASIDE).mkdir(exist_ok=True)
+    (run / TRASH).mkdir(exist_ok=True)
     for folder in [folder for folder in whole if folder not in keep][: max(too_many, 0)]:
-        os.rename(folder, run / ASIDE / folder.name)
-    shutil.rmtree(run / ASIDE, ignore_errors=True)
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint that `damage` found nothing wrong with."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        os.rename(folder, run / TRASH / folder.name)
+    shutil.rmtree(run / TRASH, ignore_errors=True)
 
 
 def damage(folder: Path, contents: bool = True) -> str | None:
@@ -126,18 +151,17 @@ def damage(folder: Path, contents: bool = True) -> str | None:
     Args:
         contents: look at every byte; else only at which files there are, and at their sizes.
     """
+    if not (folder / MANIFEST).exists():
+        return f"it has no {MANIFEST}"
     try:
-        listed = read_manifest(folder)["files"]
-        for name, expected in listed.items():
+        for name, expected in read_manifest(folder)["files"].items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-            if contents and _facts(path)["sha256"] != expected["sha256"]:
+            if contents and file_facts(path)["sha256"] != expected["sha256"]:
                 return f"{name} was changed (its SHA-256 differs)"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     return None
@@ -145,10 +169,10 @@ def damage(folder: Path, contents: bool = True) -> str | None:
 
 def newest_valid(run: Path, report=print) -> Path | None:
     """
-    The newest checkpoint of a run that is as it was written. Newer, damaged ones are renamed to `_damaged-...`, and
-    `report` is told why.
+    The newest checkpoint of a run that is as it was written. Uncommitted ones are deleted; newer, damaged ones are renamed
+    to `_damaged-...`, and `report` is told why.
     """
-    shutil.rmtree(run / ASIDE, ignore_errors=True)
+    shutil.rmtree(run / TRASH, ignore_errors=True)
     if not run.is_dir():
         return None
     for name in reversed(sort_checkpoints(str(run), PREFIX_CHECKPOINT_DIR, use_mtime=False)):
@@ -156,11 +180,24 @@ def newest_valid(run: Path, report=print) -> Path | None:
         reason = damage(folder)
         if reason is None:
             return folder
+        if (folder / UNCOMMITTED).exists():
+            shutil.rmtree(folder)
+            continue
         aside = folder.with_name(f"_damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
         report(f"{folder} is damaged: {reason}. It was set aside as {aside.name}.")
     return None
+
+
+def is_finished(state: TrainerState, arguments) -> bool:
+    """Whether a checkpoint's state is of the run's last step: the stock trainer would train one step more."""
+    stopper = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    if stopper and stopper["attributes"][STOPPER_COUNT] >= stopper["args"]["early_stopping_patience"]:
+        return True
+    if arguments.max_steps > 0:
+        return state.global_step >= arguments.max_steps
+    return state.epoch >= arguments.num_train_epochs
 
 
 def require_complete(
@@ -180,7 +217,7 @@ def require_complete(
     if lost:
         raise InputError(f"{folder} lacks {', '.join(lost)}: the run cannot go on from it.")
     missing = [what for patterns, what in CAN_START_ANEW.items() if not any(any(folder.glob(p)) for p in patterns)]
-    missing += [] if PROGRESS in manifest else ["the place in the data"]
+    missing += [] if "progress" in manifest else ["the place in the data"]
     if missing and not restart_missing_state:
         raise InputError(
             f"{folder} lacks {', '.join(missing)}: the run cannot go on exactly from it. Add --restart_missing_state "

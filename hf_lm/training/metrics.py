@@ -5,10 +5,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import EvalPrediction
 
+from ..data.collator import SIZE
+from ..data.packing import IGNORED
 from ..errors import InputError
+from ..evaluation.text import TextScore, token_log_probabilities
 
 # metric: whether a greater value is better; None for what counts or times and says nothing of the model.
 GREATER_IS_BETTER: dict[str, bool | None] = {
@@ -114,3 +118,58 @@ class WholeSet:
     def reset(self) -> None:
         """Forget the parts of an evaluation that did not end."""
         self.parts: tuple[list, list] = ([], [])
+
+
+def language_modeling_metrics(rows: EvalPrediction) -> dict[str, float]:
+    """
+    Loss (nats per token), perplexity and, where the sizes are known, bits per byte with its 95% interval.
+
+    Args:
+        rows: as `row_likelihoods` gives them: nats `(rows,)`, and tokens and bytes `(rows, 2)`.
+    """
+    nats, (tokens, sizes) = rows.predictions.astype("float64").tolist(), rows.label_ids.T.tolist()
+    score = TextScore(nats, tokens, sizes, [0] * len(nats))  # blocks in order, as of one text
+    metrics = {"loss": score.loss, "perplexity": score.perplexity, "tokens": sum(tokens)}
+    if any(sizes):
+        low, high = score.interval()
+        metrics |= {"bits_per_byte": score.bits_per_byte, "bits_per_byte_low": low, "bits_per_byte_high": high}
+    return metrics
+
+
+@torch.no_grad()
+def row_likelihoods(
+    model: nn.Module, inputs: dict[str, torch.Tensor], with_sizes: bool
+) -> tuple[None, torch.Tensor, torch.Tensor]:
+    """
+    Of each row of a batch the negative log-likelihood of its labels, in nats, `(rows,)`, and their number `(rows,)`, in
+    the form of a `prediction_step`.
+
+    Args:
+        with_sizes: beside that number, the UTF-8 bytes they cover (0 where unknown): `(rows, 2)`.
+    """
+    inputs = dict(inputs)
+    sizes = inputs.pop(SIZE, None)
+    nats = -token_log_probabilities(model, **inputs).sum(dim=1)
+    tokens = (inputs["labels"][:, 1:] != IGNORED).sum(dim=1)
+    if not with_sizes:
+        return None, nats, tokens
+    if sizes is None:
+        sizes = torch.zeros_like(tokens)
+    elif len(sizes) != len(tokens):  # a collator that makes one long row of all
+        sizes = sizes.sum().expand(len(tokens))
+    return None, nats, torch.stack([tokens, sizes], dim=1)
+
+
+def reported_metrics(held_out) -> tuple[str, ...]:
+    """
+    Names of the metrics that a language model's evaluations report.
+
+    Args:
+        held_out: a dataset, or several by name.
+    """
+    names = []
+    for name, rows in (held_out if isinstance(held_out, dict) else {"": held_out}).items():
+        columns = getattr(rows, "column_names", None)
+        found = LANGUAGE_MODELING + (BITS_PER_BYTE if columns is None or SIZE in columns else ())
+        names += [f"{name}_{metric}" if name else metric for metric in found]
+    return tuple(names)

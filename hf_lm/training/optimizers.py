@@ -1,12 +1,16 @@
 """Muon for the matrices of the decoder layers, AdamW for everything else, as one optimizer that checkpoints as one."""
 
 import copy
+import os
 from collections import defaultdict
 
 import torch
+from accelerate.utils import str_to_bool
+from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import Trainer, TrainingArguments
 
+from ..anatomy import matrix_parameters
 from ..errors import InputError, explained
 from ..hardware import has_fast_bfloat16
 
@@ -24,12 +28,12 @@ def first_state(parameter: torch.Tensor, names: tuple[str, ...]) -> dict[str, to
     return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(parameter) for name in names}
 
 
-def lay_out_states(optimizer: torch.optim.AdamW) -> None:
+def lay_out_states(optimizer: torch.optim.Optimizer) -> None:
     """
-    Take the memory of all states before the first step does, on a CPU. There they would come to lie between the first
+    Take the memory of all states of AdamW before the first step does, on a CPU. There they would come to lie between the first
     gradients, which freed would leave holes too small for activations: 240 of 4,300 MB (135M parameters, float32).
     """
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.AdamW) else ():
         if group["amsgrad"]:  # has a third number
             continue
         names = MUON_STATE if group.get("muon") else ADAMW_STATE
@@ -200,6 +204,49 @@ def optimizer_class(arguments: TrainingArguments, model=None) -> tuple[type[torc
                     f"optim_args: {key} is not read; it is {getattr(name, 'value', name)} that is trained with."
                 )
     return found
+
+
+def choose_optimizer(
+    arguments: TrainingArguments, model: nn.Module, decayed: list[str], given: tuple[type, dict] | None = None
+) -> tuple[type[torch.optim.Optimizer], dict]:
+    """
+    The `optimizer_cls_and_kwargs` of a trainer: what `optim` asks for, and with `muon_learning_rate` Muon beside it for the
+    model's `matrix_parameters`.
+
+    Args:
+        decayed: names of the parameters that `weight_decay` is for.
+        given: a class and options instead of what `optim` says.
+
+    Raises:
+        InputError: see `optimizer_class` and `with_muon`.
+    """
+    trains_matrices = arguments.muon_learning_rate is not None
+    if trains_matrices and (arguments.deepspeed or str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))):
+        raise InputError("muon_learning_rate: needs whole matrices, which DeepSpeed flattens; FSDP keeps them.")
+    kind, options = given or optimizer_class(arguments, model)
+    if not trains_matrices:
+        return kind, options
+    matrices = {id(parameter) for parameter in matrix_parameters(model)}
+    groups: dict[str, list] = {"muon": [], "decayed": [], "plain": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind_of_group = "muon" if id(parameter) in matrices else "decayed" if name in decayed else "plain"
+            groups[kind_of_group].append(parameter)
+    muon = {"muon": True, "lr": arguments.muon_learning_rate, "momentum": arguments.muon_momentum}
+    parameters = [
+        {"params": groups["muon"], **muon, "weight_decay": arguments.weight_decay},
+        {"params": groups["decayed"], "weight_decay": arguments.weight_decay},
+        {"params": groups["plain"], "weight_decay": 0.0},
+    ]
+    return with_muon(kind), {**options, "params": parameters}
+
+
+def schedule_options(arguments: TrainingArguments, steps: int) -> dict | None:
+    """The `lr_scheduler_kwargs` of a run of that many steps: those given, or the decay that `lr_decay_ratio` says."""
+    if arguments.lr_scheduler_type != "warmup_stable_decay" or arguments.lr_scheduler_kwargs:
+        return arguments.lr_scheduler_kwargs
+    decay = min(round(steps * arguments.lr_decay_ratio), steps - arguments.get_warmup_steps(steps))
+    return {"num_decay_steps": decay, "decay_type": "linear"}
 
 
 def check_rates(scheduler, steps: int, options: dict | None) -> None:

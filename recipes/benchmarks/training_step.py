@@ -32,7 +32,7 @@ from data_pipeline import PeakMemory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
-from hf_lm.anatomy import layer_matrices, model_flops_utilization
+from hf_lm.anatomy import matrix_parameters, model_flops_utilization
 from hf_lm.data.collator import PackedCollator
 from hf_lm.hardware import keep_freed_memory
 from hf_lm.training.device_tuning import fit_to_cpu, fit_to_gpu
@@ -108,7 +108,7 @@ def measure(kind: str, case: str, arguments: argparse.Namespace) -> dict[str, fl
         model, vocabulary, context = build(kind, case, *setting)
         parameters = sum(p.numel() for p in model.parameters())
         if arguments.muon and kind == "hf_lm":
-            matrices = {id(parameter): parameter for parameter in layer_matrices(model)}
+            matrices = {id(parameter): parameter for parameter in matrix_parameters(model)}
             others = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
             groups = [{"params": list(matrices.values()), "muon": True, "lr": 0.02}, {"params": others}]
             optimizer = MuonAdamW(groups, lr=1e-4, fused=True)

@@ -31,6 +31,7 @@ from hf_lm.hardware import has_fast_bfloat16
 from hf_lm.planning import forecast
 from hf_lm.planning.plan import activation_bytes, flops_by_part, memory_by_part, memory_by_strategy
 from hf_lm.training import device_tuning
+from hf_lm.training.manifest import Progress
 from hf_lm.training.optimizers import MuonAdamW
 
 SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -251,12 +252,12 @@ def test_a_step_that_compiles_is_not_taken_for_the_usual_one(monkeypatch):
     times = iter((0.0, 100.0, 101.0, 102.0, 102.75))  # the first step compiles for 100 s
     monkeypatch.setattr(forecast, "_now", lambda device: next(times))
     watch, control = forecast._Stopwatch(2.5, compiles=True), TrainerControl()
-    watch.trainer = trainer = Namespace(train_tokens=0)
+    watch.progress = progress = Progress()
     arguments, state = Namespace(device=None), TrainerState(max_steps=1000)
     watch.on_train_begin(arguments, state, control)
     for tokens in (8, 8, 8, 6):  # the last of an epoch is smaller, and faster
         assert not control.should_training_stop
-        trainer.train_tokens += tokens
+        progress.tokens += tokens
         watch.on_step_end(arguments, state, control)
     assert control.should_training_stop and watch.seconds_per_token() == 1 / 8
 

@@ -14,7 +14,6 @@ from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
 from hf_lm.tasks import TASKS, task_class
 from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
-from hf_lm.training.callbacks import end_workers
 from hf_lm.training.metrics import greater_is_better, is_known
 from hf_lm.training.trainer import HfLmTrainer
 
@@ -179,7 +178,6 @@ def test_workers_that_stay_read_the_set_that_is_asked_for(build, rows):
     one, two = rows(6), rows(9, seed=1)
     trainer = build(one, dataloader_num_workers=1, dataloader_persistent_workers=True)
     found = [trainer.evaluate(held_out)["eval_tokens"] for held_out in (None, two, None)]
-    end_workers(lambda: trainer._eval_dataloaders["eval"])
     assert found == [sum(len(row) - 1 for row in held_out["input_ids"]) for held_out in (one, two, one)]
 
 

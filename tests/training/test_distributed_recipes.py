@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -79,14 +80,12 @@ def test_zero3_leaves_to_the_recipe_what_the_recipe_says(configs):
     assert "optimizer" not in config.config and "scheduler" not in config.config
 
 
-def test_muon_with_deepspeed_is_refused_in_words(recipe):
-    from hf_lm.training.trainer import HfLmTrainer
+def test_muon_with_deepspeed_is_refused_in_words():
+    from hf_lm.training.optimizers import choose_optimizer
 
-    trainer = HfLmTrainer.__new__(HfLmTrainer)
-    trainer.model, trainer.optimizer, trainer.is_deepspeed_enabled = None, None, True
-    trainer.args = type("Arguments", (), {"muon_learning_rate": 0.02})()
+    arguments = Namespace(muon_learning_rate=0.02, deepspeed="zero.json")
     with pytest.raises(InputError, match="^muon_learning_rate: needs whole matrices, which DeepSpeed flattens"):
-        trainer.create_optimizer()
+        choose_optimizer(arguments, None, [])
 
 
 @pytest.mark.parametrize("state", ["optimizer.pt", "optimizer.bin", "global_step4/zero_pp_rank_0_optim_states.pt"])

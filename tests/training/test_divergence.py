@@ -70,7 +70,7 @@ def left_out(trainer: HfLmTrainer) -> list[int]:
     losses, counts = logged(trainer, "loss"), logged(trainer, "divergences")
     steps = [step for step in range(1, trainer.state.global_step + 1) if step not in losses]
     assert list(counts.values()) == [sum(left < step for left in steps) for step in counts]
-    assert trainer.watch.count == len(steps)
+    assert trainer.progress.divergences == len(steps)
     return steps
 
 
@@ -94,8 +94,8 @@ def test_nan_stops_at_its_step_and_says_what_was_seen(build, tmp_path, accumulat
 @pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "group_by_length"])
 def test_rows_that_are_named_are_those_of_the_batch_in_any_order(build, caplog, strategy):
     trainer = build((10,), on_divergence="skip", train_sampling_strategy=strategy, max_steps=48)
-    said, leave_out = [], trainer._leave_out
-    trainer._leave_out = lambda model, what: (said.append(what), leave_out(model, what))
+    said, leave_out = [], trainer.leave_out
+    trainer.leave_out = lambda model, what: (said.append(what), leave_out(model, what))
     trainer.train()
     rows = [re.search(r"rows ([\d, ]+)", text)[1].split(", ") for text in said]
     assert len(rows) == 2 and all("10" in batch for batch in rows)  # once in each epoch
@@ -118,13 +118,13 @@ def test_skipping_leaves_weights_and_optimizer_as_if_the_batch_had_not_been(buil
     trainer = build((10, 30), on_divergence="skip", gradient_accumulation_steps=1, max_steps=24)
     before = {}
 
-    original = trainer._leave_out
+    original = trainer.leave_out
 
     def noted(model, what):
         before[trainer.state.global_step + 1] = {name: weight.clone() for name, weight in model.state_dict().items()}
         original(model, what)
 
-    trainer._leave_out = noted
+    trainer.leave_out = noted
     step_end = trainer.callback_handler.on_step_end
     unchanged = []
 
@@ -151,7 +151,7 @@ def test_more_divergences_than_allowed_stop_the_run(build):
 def test_rolling_back_takes_the_last_checkpoint_and_goes_on_with_the_next_batch(build, tmp_path):
     trainer = build((15,), on_divergence="rollback", save_steps=3)
     taken = {}
-    roll_back = trainer._roll_back
+    roll_back = trainer.roll_back
 
     def noted(what):
         text = roll_back(what)
@@ -160,7 +160,7 @@ def test_rolling_back_takes_the_last_checkpoint_and_goes_on_with_the_next_batch(
         taken["text"] = text
         return text
 
-    trainer._roll_back = noted
+    trainer.roll_back = noted
     trainer.train()
     assert taken["text"] == "rolled back to checkpoint-6"
     saved = load_file(tmp_path / "run" / "checkpoint-6" / "model.safetensors")
@@ -195,7 +195,7 @@ def test_a_run_that_diverged_resumes_to_the_same_bits_and_count(build, tmp_path,
         resumed.train()
     again = build((10, 18), on_divergence=action, output_dir=str(tmp_path / "resumed"))
     again.train(resume_from_checkpoint=True)
-    assert again.watch.count == straight.watch.count == 2
+    assert again.progress.divergences == straight.progress.divergences == 2
     mine, theirs = again.model.state_dict(), straight.model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
@@ -253,7 +253,7 @@ for action in ("skip", "rollback", "stop"):
     except t.TrainingDiverged as stop:
         lines.append(f"{action}: {stop}")
     total = sum(weight.double().sum().item() for weight in trainer.model.state_dict().values())
-    lines.append(f"{action}: {trainer.watch.count} {total!r}")
+    lines.append(f"{action}: {trainer.progress.divergences} {total!r}")
     with open(folder / f"rank {trainer.args.process_index}", "a") as file:
         file.writelines(line + "\\n" for line in lines)
 """

@@ -22,7 +22,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_lm.training.checkpoints import ASIDE
+from hf_lm.training.checkpoints import UNCOMMITTED
+from hf_lm.training.manifest import MANIFEST
 
 KILLS, IN_A_ROW = 10, 5  # of each case, at least; of one run, at most
 PRELOADED = [
@@ -95,9 +96,9 @@ class Run:
                 return False
         return True
 
-    def wait_for(self, path: Path, limit: float = 5.0) -> None:
+    def wait_for(self, folder: Path, pattern: str, limit: float = 5.0) -> None:
         deadline = time.monotonic() + limit
-        while not path.exists() and time.monotonic() < deadline:
+        while not any(folder.glob(pattern)) and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def finish(self, limit: float = 120.0) -> None:
@@ -177,7 +178,7 @@ def kill_again_and_again(
     kills, in_saving, steps = 0, 0, []
 
     def start() -> Run:
-        saved = [int(path.name.split("-")[1]) for path in (folder / "run").glob("checkpoint-*")]
+        saved = [int(path.parent.name.split("-")[1]) for path in (folder / "run").glob(f"checkpoint-*/{MANIFEST}")]
         if saved:
             steps.append(max(saved))
         else:  # a new run, as a person would do
@@ -190,11 +191,11 @@ def kill_again_and_again(
             time.sleep(moments.uniform(0, 1))
         elif run.wait_for_batches(moments.randint(2, batches // 3)):
             if moments.random() < 0.3:  # in the next saving
-                run.wait_for(folder / "run" / ASIDE)
+                run.wait_for(folder / "run", f"checkpoint-*/{UNCOMMITTED}")
             time.sleep(moments.uniform(0, 0.15))
         if run.kill(moments.randrange(processes), moments.choice([0, 0.05])):
             kills += 1
-            in_saving += (folder / "run" / ASIDE).exists()
+            in_saving += any((folder / "run").glob(f"checkpoint-*/{UNCOMMITTED}"))
     start().finish()
     return kills, in_saving, steps
 

@@ -69,19 +69,20 @@ def losses_and_weights(folder: str, processes: int) -> list[tuple[list[float], f
 
     from hf_lm import HfLmConfig, HfLmForCausalLM
     from hf_lm.data.collator import PackedCollator
-    from hf_lm.training import trainer as module
+    from hf_lm.training import checkpoints as module
     from hf_lm.training.arguments import HfLmTrainingArguments
+    from hf_lm.training.trainer import HfLmTrainer
 
     def slowly(*arguments, **facts):  # whoever does not wait for the checkpoint does not find it
         time.sleep(0.5)
-        seal(*arguments, **facts)
+        commit(*arguments, **facts)
 
-    class Loading(module.HfLmTrainer):
+    class Loading(HfLmTrainer):
         def _load_best_model(self):
             self.loaded = Path(self.state.best_model_checkpoint, "model.safetensors").is_file()
             super()._load_best_model()
 
-    seal, module.seal = module.seal, slowly
+    commit, module.commit = module.commit, slowly
     found = []
     for count, accumulation in ((25, 1), (27, 1), (26, 2), (3, 1)):
         rows = []
@@ -182,7 +183,7 @@ def test_the_first_process_alone_writes(recipe, tmp_path):
     first, second = launch(2, run_of_one_rank, recipe(save_steps=6), str(tmp_path))
     assert {Path(name).name for name in first} >= {"metrics.json", "trainer_state.json", "samples.jsonl"}
     # its random numbers are all that a checkpoint needs of it
-    states = {f"rank1/_saving/checkpoint-{step}/rng_state_1.pth" for step in (6, 12)}
+    states = {f"rank1/checkpoint-{step}/rng_state_1.pth" for step in (6, 12)}
     assert second <= states
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("rank1/**/*") if path.is_file()} == states
     assert (tmp_path / "rank0" / "model.safetensors").exists() and (tmp_path / "rank0" / "loss_curve.png").exists()
@@ -225,12 +226,12 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_one_line(recipe, tmp_path):
     code = """
 import resource, sys
 from hf_lm.cli import main
-from hf_lm.training import checkpoints, trainer
-seal = trainer.seal
+from hf_lm.training import checkpoints
+commit = checkpoints.commit
 def then_no_more_room(*arguments, **facts):
-    seal(*arguments, **facts)
+    commit(*arguments, **facts)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as on a full disk, writing fails
-trainer.seal = then_no_more_room
+checkpoints.commit = then_no_more_room
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sys.exit(main(["train", sys.argv[1]]))

@@ -114,16 +114,16 @@ def test_a_run_whose_loader_workers_stay_ends(recipe):
     assert process.returncode == 0, errors[-3000:]
 
 
-SLOW_SEAL = """
+SLOW_COMMIT = """
 import os, sys, time
 from hf_lm.cli import main
-from hf_lm.training import trainer
-seal = trainer.seal
+from hf_lm.training import checkpoints
+commit = checkpoints.commit
 def slowly(*arguments, **facts):
-    print("sealing", file=sys.stderr, flush=True)
+    print("committing", file=sys.stderr, flush=True)
     time.sleep(60)
-    seal(*arguments, **facts)
-trainer.seal = slowly
+    commit(*arguments, **facts)
+checkpoints.commit = slowly
 sys.exit(main(["train", sys.argv[1]]))
 """
 
@@ -132,9 +132,9 @@ sys.exit(main(["train", sys.argv[1]]))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_does_not_wait_for_the_disk(recipe, tmp_path, number):
     script = tmp_path / "slow.py"
-    script.write_text(SLOW_SEAL)
+    script.write_text(SLOW_COMMIT)
     process = start(str(script), recipe(eval_strategy="no", report_to="none", max_steps=100_000, save_steps=1))
-    while "sealing" not in process.stderr.readline():
+    while "committing" not in process.stderr.readline():
         pass
     for _ in range(2):
         process.send_signal(number)

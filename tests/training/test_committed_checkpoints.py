@@ -17,26 +17,25 @@ from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
 from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
 from hf_lm.training.checkpoints import (
-    ASIDE,
-    MANIFEST,
+    UNCOMMITTED,
     checkpoint_to_resume,
     damage,
     newest_valid,
     require_complete,
     rotate,
-    seal,
 )
+from hf_lm.training.manifest import MANIFEST, commit, read_manifest
 from hf_lm.training.trainer import HfLmTrainer
 
 
 def checkpoint(run: Path, step: int, **facts) -> Path:
-    """A sealed folder with one file of each kind."""
-    aside = run / ASIDE / f"checkpoint-{step}"
-    aside.mkdir(parents=True)
+    """A committed folder with one file of each kind."""
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
-        (aside / name).write_bytes(os.urandom(1000))
-    seal(aside, run / aside.name, step=step, **{"progress": {}, "arguments": {}, **facts})
-    return run / aside.name
+        (folder / name).write_bytes(os.urandom(1000))
+    commit(folder, UNCOMMITTED, step=step, **{"progress": {}, "arguments": {}, **facts})
+    return folder
 
 
 def names(run: Path) -> list[str]:
@@ -89,6 +88,26 @@ def test_without_a_limit_all_stay(tmp_path):
                 checkpoint(tmp_path, step)
         rotate(tmp_path, limit, [])
         assert len(names(tmp_path)) == 3
+
+
+def test_a_checkpoint_that_was_never_finished_goes_and_one_with_a_manifest_counts(tmp_path):
+    whole, unfinished, late = (checkpoint(tmp_path, step) for step in (1, 2, 3))
+    (unfinished / UNCOMMITTED).touch()
+    (unfinished / MANIFEST).unlink()
+    (late / UNCOMMITTED).touch()  # killed between the manifest and the mark's removal
+    assert newest_valid(tmp_path) == late
+    (late / MANIFEST).unlink()
+    said = []
+    assert newest_valid(tmp_path, said.append) == whole
+    assert names(tmp_path) == ["checkpoint-1"] and not said
+
+
+def test_manifests_of_the_first_version_are_read(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest.pop("version") == 2
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert damage(folder) is None and read_manifest(folder)["step"] == 1
 
 
 def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
@@ -266,7 +285,7 @@ class Reader(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        assert folder == Path(get_last_checkpoint(args.output_dir)) and not Path(args.output_dir, ASIDE).exists()
+        assert folder == Path(get_last_checkpoint(args.output_dir)) and not (folder / UNCOMMITTED).exists()
         files = {path.name for path in folder.iterdir()}
         weights = HfLmForCausalLM.from_pretrained(folder).state_dict()
         own = kwargs["model"].state_dict()
@@ -284,7 +303,7 @@ def test_callbacks_find_the_whole_checkpoint_when_it_is_saved(trainer, strategy)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_when_a_checkpoint_is_sealed_ends_the_run_soon(trainer, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_when_a_checkpoint_is_committed_ends_the_run_soon(trainer, tmp_path, monkeypatch):
     """At the next step: not after all those until the next save."""
     run, soft = (
         trainer(max_steps=100_000, save_steps=100, num_train_epochs=1),
@@ -295,11 +314,11 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_sealed_ends_the_run_soon(train
         if facts["step"] == 200:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, soft[1]))
         try:
-            seal(*arguments, **facts)
+            commit(*arguments, **facts)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, soft)
 
-    monkeypatch.setattr("hf_lm.training.trainer.seal", without_room)
+    monkeypatch.setattr("hf_lm.training.checkpoints.commit", without_room)
     with pytest.raises(
         RuntimeError, match="checkpoint-200 could not be saved, those before are whole: .*File too large"
     ):
