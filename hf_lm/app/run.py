@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
@@ -107,12 +108,13 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
     Raises:
         Interrupted: a signal ended the run; it was saved.
     """
-    progress, interrupt = HfLmProgressCallback(trainer), InterruptCallback()
+    progress, interrupt = HfLmProgressCallback(), InterruptCallback()
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:  # else transformers prints each log
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
-    for callback in (TroubleCallback(), SampleCallback(trainer), interrupt, PushCallback()):
+    boards = [one for one in trainer.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
+    for callback in (TroubleCallback(), SampleCallback(boards, trainer.is_sharded), interrupt, PushCallback()):
         trainer.add_callback(callback)
     if trainer.args.early_stopping_patience is not None:
         state = (

@@ -21,9 +21,8 @@ from .divergence import sampler_of
 class HfLmProgressCallback(ProgressCallback):
     """One progress bar with loss, bits per byte and tokens per second; no lines of dictionaries."""
 
-    def __init__(self, trainer):
+    def __init__(self):
         super().__init__()
-        self.trainer = trainer
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -55,37 +54,38 @@ class SampleCallback(TrainerCallback):
     """
     Continue some prompts at each evaluation. The samples go to the terminal, `samples.jsonl` and TensorBoard, which gets
     histograms of the weights and the model's graph as well if that is asked for.
+
+    Args:
+        boards: TensorBoard's callbacks of the trainer.
+        is_sharded: whether a forward takes all processes.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, boards: list[TensorBoardCallback], is_sharded: bool = False):
+        self.boards, self.is_sharded = boards, is_sharded
 
-    def _boards(self) -> list:
-        boards = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
-        return [board.tb_writer for board in boards if board.tb_writer is not None]
+    def _writers(self) -> list:
+        return [board.tb_writer for board in self.boards if board.tb_writer is not None]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # that of an adapter
-        for board in self._boards() if args.log_graph else ():
+        for board in self._writers() if args.log_graph else ():
             with torch.random.fork_rng(devices=[]):  # another of its kind: this one's forward is wrapped by now
                 board.add_graph(type(model)(model.config).eval(), torch.zeros(1, 8).long(), use_strict_trace=False)
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        for board in self._boards() if args.log_histograms else ():
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
+        for board in self._writers() if args.log_histograms else ():
             for name, parameter in model.named_parameters():
                 board.add_histogram(name, parameter, state.global_step)
-        if not args.sample_prompts or not (state.is_world_process_zero or self.trainer.is_sharded):
+        if not args.sample_prompts or not (state.is_world_process_zero or self.is_sharded):
             return
-        samples = continue_prompts(
-            model, self.trainer.processing_class, args.sample_prompts, args.sample_tokens, seed=args.seed
-        )
+        samples = continue_prompts(model, processing_class, args.sample_prompts, args.sample_tokens, seed=args.seed)
         if not state.is_world_process_zero:
             return
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for sample in samples:
                 tqdm.write(f"Sample at step {state.global_step}: {sample['text']}\n", file=sys.stderr)
                 file.write(json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) + "\n")
-        for board in self._boards():
+        for board in self._writers():
             for number, sample in enumerate(samples):
                 board.add_text(f"sample/{number}", sample["text"], state.global_step)
 

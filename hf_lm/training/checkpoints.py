@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..errors import InputError
+from ..errors import Failure, InputError
 from .arguments import decisive
 from .manifest import MANIFEST, Progress, commit, file_facts, read_manifest
 
@@ -42,13 +42,13 @@ def whole_or_nothing(folder: Path) -> Iterator[None]:
     Leave nothing of a checkpoint that cannot be saved.
 
     Raises:
-        RuntimeError: says what it was.
+        Failure: says what it was.
     """
     try:
         yield
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise RuntimeError(f"{folder} could not be saved, those before are whole: {error}") from error
+        raise Failure(f"{folder} could not be saved, those before are whole: {error}") from error
 
 
 @contextmanager
