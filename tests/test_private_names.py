@@ -86,7 +86,7 @@ PRIVATE = {
     ),
     "transformers.PreTrainedModel._from_config": ("planning/plan.py", "heads without an Auto class", "from_config"),
     "transformers.PreTrainedTokenizerFast._tokenizer": (
-        "interop/convert.py tokenization.py", "replaces the tokenizer behind the class", "a setter"
+        "tokenization.py", "replaces the tokenizer behind the class", "a setter"
     ),
     f"{TRAINER}_clip_grad_norm": ("training/trainer.py", "takes the gradient norm once", "grad_norm for callbacks"),
     f"{TRAINER}_issue_warnings_after_load": ("training/trainer.py", "tied weights are not missing", "a fix upstream"),

@@ -78,10 +78,9 @@ def tiny_config(family: str, **options) -> transformers.PreTrainedConfig:
     """A configuration of the family with our sizes; nothing is dropped."""
     config_class = transformers.CONFIG_MAPPING[family]
     sizes = {config_class.attribute_map.get(key, key): value for key, value in SIZES.items()}
-    if family == "gpt2":
-        sizes.pop("intermediate_size")
-    if family in ("gpt2", "gpt_neox"):
-        sizes.pop("num_key_value_heads")
+    for ours, theirs in FAMILIES[family].fields.items():
+        if theirs is None:  # a size that the family has no option for
+            sizes.pop(ours)
     dropouts = {name: 0.0 for name in DROPOUTS if hasattr(config_class, name)}
     return config_class(**(sizes | dropouts | options))
 
@@ -92,10 +91,10 @@ def tiny_model(family: str, seed: int = 0, **options) -> transformers.PreTrained
     config = tiny_config(family, **options)
     config.architectures = [architecture.__name__]
     model = architecture(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator, has_offset = torch.Generator().manual_seed(seed), FAMILIES[family].fixed.get("norm_offset")
     for name, parameter in model.named_parameters():
         is_norm = parameter.ndim == 1 and name.endswith("weight")
         noise = torch.randn(parameter.shape, generator=generator) * (0.3 if is_norm else 0.2)
-        parameter.data = noise + (1.0 if is_norm and "gemma" not in family else 0.0)
+        parameter.data = noise + (1.0 if is_norm and not has_offset else 0.0)
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=None)
     return model.eval()

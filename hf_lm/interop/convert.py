@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,11 +25,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from .. import modeling_hf_lm
-from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, one_line
 from ..files import culprit, library_is_silent, write_json
 from ..modeling_hf_lm import HfLmPreTrainedModel
-from .families import choose_family, read_config
+from .families import choose_family
 from .folders import check_sizes
 from .heads import HEADS, head_of
 from .parity import compare, rounded
@@ -40,7 +39,27 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
 REPORT = "parity.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Checkpoint(NamedTuple):
+    """
+    What `load_checkpoint` reads.
+
+    Args:
+        head: a key of `HEADS`; None: a language model's.
+        family: `model_type` in its config.json.
+        random: names of the weights that were not there and are random.
+    """
+
+    model: HfLmPreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    head: str | None
+    family: str | None
+    random: list[str]
+
+    def describe(self, **fields) -> dict[str, Any]:
+        """The first lines of a report."""
+        return fields | {"head": self.head, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
 
 @contextmanager
@@ -147,12 +166,18 @@ def readable(source: str) -> Iterator[None]:
 
 
 def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Without the `<|endoftext|>` that the library adds behind the vocabulary of a GGUF file which has none."""
+    """Without the `<|endoftext|>` that transformers adds behind the vocabulary of a GGUF file which has none."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     size = len(definition["model"]["vocab"])
+    if all(item["id"] < size for item in definition["added_tokens"]):
+        return tokenizer
     definition["added_tokens"] = [item for item in definition["added_tokens"] if item["id"] < size]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(definition))
-    return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)),
+        chat_template=tokenizer.chat_template,
+        model_max_length=tokenizer.model_max_length,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def _splits_as_in_file(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
@@ -192,6 +217,33 @@ def write_report(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def load_checkpoint(source: str, dtype: str = "auto", allow_missing: bool = False) -> Checkpoint:
+    """
+    Read a checkpoint of hf_lm or of another family, with all checks.
+
+    Args:
+        source: folder or Hub id, or the path of a GGUF file.
+        dtype: "float32", ...; "auto": as it is.
+        allow_missing: weights that are missing or of another shape become random ones, left over ones are dropped.
+
+    Raises:
+        InputError: it cannot be read, is of no known family or damaged.
+    """
+    folder, gguf = split_source(source)
+    with readable(folder):
+        config_dict, _ = source_config(folder, **gguf)
+        head = head_of(config_dict, source)
+        model, info = our_class(head).from_pretrained(
+            folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **gguf
+        )
+        tokenizer = load_tokenizer(folder, **gguf)
+    if not allow_missing:
+        check_loaded(model, info, folder)
+    check_model(model, tokenizer, source)
+    random = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+    return Checkpoint(model.eval(), tokenizer, head, config_dict.get("model_type"), random)
+
+
 def import_checkpoint(
     source: str,
     destination: str | Path,
@@ -203,43 +255,25 @@ def import_checkpoint(
     Write the hf_lm folder of a checkpoint of another family, with the proof that both compute the same.
 
     Args:
-        source: folder or Hub id, or the path of a GGUF file.
-        allow_missing: weights that are missing or of another shape become random ones, left over ones are dropped.
-        dtype: of the weights to be written, a key of `DTYPES`; "auto": as they are.
+        source, dtype, allow_missing: see `load_checkpoint`.
         text: what both models read; default: see `parity.default_text`.
 
     Returns:
         What is written to `parity.json`, see `parity.compare`.
 
     Raises:
-        InputError: the source cannot be read, is of no known family or damaged; the destination exists.
+        InputError: see `load_checkpoint`; or the destination exists.
         RuntimeError: the models do not compute the same. No folder is left behind.
     """
-    folder, gguf = split_source(source)
     with staged(destination) as staging:
-        with readable(folder):
-            config_dict, _ = source_config(folder, **gguf)
-            read_config(config_dict, source)  # refuses what the decoder does not have, before anything else is read
-            head = head_of(config_dict, source)
-            tokenizer = load_tokenizer(folder, **gguf)
-            model, info = our_class(head).from_pretrained(
-                folder, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=True, output_loading_info=True, **gguf
-            )
-        if not allow_missing:
-            check_loaded(model, info, folder)
-        check_model(model, tokenizer, source)
-        save(staging, model, tokenizer)
-        saved_dtype = model.dtype
-        del model
-        report = {
-            "source": source,
-            "family": config_dict.get("model_type"),
-            "head": head,
-            "dtype": str(saved_dtype).removeprefix("torch."),
-        }
-        random = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
-        if random:
-            return write_report(staging, report | {"random_weights": random})
+        checkpoint = load_checkpoint(source, dtype, allow_missing)
+        save(staging, checkpoint.model, checkpoint.tokenizer)
+        report = checkpoint.describe(source=source, family=checkpoint.family)
+        tokenizer, head, saved_dtype = checkpoint.tokenizer, checkpoint.head, checkpoint.model.dtype
+        if checkpoint.random:
+            return write_report(staging, report | {"random_weights": checkpoint.random})
+        del checkpoint
+        folder, gguf = split_source(source)
         reference = auto_class(head).from_pretrained(
             folder, dtype=torch.float32, **gguf, **gguf_head_dim(folder, **gguf)
         )
@@ -256,25 +290,6 @@ def auto_class(head: str | None) -> type:
 def our_class(head: str | None) -> type[HfLmPreTrainedModel]:
     """As `auto_class`, of hf_lm."""
     return getattr(modeling_hf_lm, f"HfLm{head or 'ForCausalLM'}")
-
-
-def load_for_export(source: str, dtype: str) -> tuple[HfLmPreTrainedModel, str | None, PreTrainedTokenizerBase | None]:
-    """
-    The model to export, its head (a key of `HEADS`; None: a language model's), and its tokenizer.
-
-    Raises:
-        InputError: they cannot be read.
-    """
-    with readable(source):
-        HfLmConfig.from_pretrained(source)
-        head = head_of(source_config(source)[0], source)
-        tokenizer = load_tokenizer(source)
-        model, info = our_class(head).from_pretrained(
-            source, dtype=DTYPES.get(dtype, dtype), ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    check_loaded(model, info, source)
-    check_model(model, tokenizer, source)
-    return model.eval(), head, tokenizer
 
 
 def to_native(model: HfLmPreTrainedModel, family: str | None = None) -> PreTrainedModel:
@@ -311,19 +326,14 @@ def export_native(
 
     Arguments, result and errors as in `import_checkpoint` and `to_native`.
     """
-    model, head, tokenizer = load_for_export(source, dtype)
+    checkpoint = load_checkpoint(source, dtype)
     with staged(destination) as staging:
-        native = to_native(model, family)
-        save(staging, native, tokenizer)
-        report = {
-            "source": source,
-            "family": native.config.model_type,
-            "head": head,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
+        native = to_native(checkpoint.model, family)
+        save(staging, native, checkpoint.tokenizer)
+        report = checkpoint.describe(source=source, family=native.config.model_type)
         del native
-        reloaded = auto_class(head).from_pretrained(staging, dtype=torch.float32)
-        return write_report(staging, report | compare(reloaded, model.float(), tokenizer, text))
+        reloaded = auto_class(checkpoint.head).from_pretrained(staging, dtype=torch.float32)
+        return write_report(staging, report | compare(reloaded, checkpoint.model.float(), checkpoint.tokenizer, text))
 
 
 def export_onnx(source: str, destination: str | Path, dtype: str = "auto", text: str | None = None) -> dict[str, Any]:
@@ -340,8 +350,9 @@ def export_onnx(source: str, destination: str | Path, dtype: str = "auto", text:
         exporter = OnnxExporter()
     except ImportError as error:
         raise InputError("--to onnx needs the packages of pip install hf-lm[onnx].") from error
-    model, head, tokenizer = load_for_export(source, "float32")
-    if head == "ForSequenceClassification" and model.config.pad_token_id is None:
+    checkpoint = load_checkpoint(source, "float32")
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    if checkpoint.head == "ForSequenceClassification" and model.config.pad_token_id is None:
         raise InputError(
             f"{source}: a text classifier needs a pad_token_id (config.json) to read several texts at once."
         )
@@ -358,5 +369,5 @@ def export_onnx(source: str, destination: str | Path, dtype: str = "auto", text:
         def run(input_ids):
             return exported(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
 
-        report = {"source": source, "format": "onnx", "head": head, "dtype": "float32"}
+        report = checkpoint.describe(source=source, format="onnx")
         return write_report(staging, report | compare(run, model, tokenizer, text))

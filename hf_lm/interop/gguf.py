@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from .convert import DTYPES, REPORT, load_for_export, staged, to_native, write_report
+from .convert import REPORT, load_checkpoint, staged, to_native, write_report
 from .families import FAMILIES, choose_family
 from .heads import HEADS
 from .parity import compare, default_text, rounded
@@ -195,14 +195,14 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
     except ImportError as error:
         raise InputError("--to gguf needs the package gguf: pip install hf-lm[gguf].") from error
 
-    model, head, tokenizer = load_for_export(source, "auto")
-    if head is not None:
+    checkpoint = load_checkpoint(source)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    if checkpoint.head is not None:
         raise InputError(
-            f"{source}: is {HEADS[head]} ({type(model).__name__}), whose head a GGUF file does not hold; --to native and "
+            f"{source}: is {HEADS[checkpoint.head]} ({type(model).__name__}), whose head a GGUF file does not hold; --to native and "
             "--to onnx keep it."
         )
-    if dtype == "auto":
-        dtype = next(name for name, value in DTYPES.items() if value == model.dtype)
+    dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     architecture = gguf_family(model.config)
     if tokenizer is None:
         raise InputError(f"{source}: has no tokenizer, which a GGUF file must hold.")
