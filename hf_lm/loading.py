@@ -102,7 +102,7 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     from .interop.adapters import check_base
     from .interop.convert import readable
     from .interop.heads import check_is_language_model
-    from .interop.weights import check_complete
+    from .interop.weights import check_loaded
 
     if os.path.isdir(path):
         check_weight_files(Path(path))
@@ -116,7 +116,7 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
             )
     except InputError as error:
         raise _or_out_of_reach(path, error) from error
-    check_complete(model, info, path)
+    check_loaded(model, info, path)
     check_base(path, model)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -129,10 +129,10 @@ def load_tokenizer(path: str):
         InputError: there is none, or it cannot be read.
     """
     register_auto_classes()  # else transformers asks whether it may run the folder's copy of our code
-    from .interop.convert import load_tokenizer, readable
+    from .interop.convert import find_tokenizer, readable
 
     with readable(path):
-        tokenizer = load_tokenizer(path)
+        tokenizer = find_tokenizer(path)
     if tokenizer is None:
         raise _or_out_of_reach(path, InputError(f"{path}: there is no tokenizer (tokenizer.json)."))
     return tokenizer

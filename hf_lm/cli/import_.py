@@ -2,6 +2,9 @@
 
 import argparse
 import json
+from pathlib import Path
+
+from ..errors import InputError, explained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +28,10 @@ def read_text(file: str | None) -> str | None:
     Raises:
         InputError: the file cannot be read as UTF-8 text, or is empty.
     """
-    from ..errors import InputError
-
     if file is None:
         return None
-    try:
-        with open(file, encoding="utf-8") as stream:
-            text = stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text {file}: cannot be read as UTF-8 text ({error}).") from error
+    with explained(f"--text {file}: cannot be read as UTF-8 text"):
+        text = Path(file).read_text(encoding="utf-8")
     if not text.strip():
         raise InputError(f"--text {file}: holds no text.")
     return text

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from ..errors import InputError
 from .common import load_tokenizer
 from .import_ import show
 
@@ -15,21 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    output = Path(arguments.output)
-    if output.exists():
-        raise InputError(f"DST: {output} exists already; name a new folder.")
-    import hf_lm
-
-    hf_lm.register_auto_classes()
     from ..interop.adapters import base_of, merge_adapter
+    from ..interop.convert import save, staged
 
-    own = any((Path(arguments.adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(arguments.adapter if own else arguments.base or base_of(arguments.adapter))
-    model, report = merge_adapter(arguments.adapter, arguments.base, tokenizer)
-    if model.config.pad_token_id is None:  # of a classifier: where a text ends
-        model.config.pad_token_id = tokenizer.pad_token_id
-    aside = output.with_name(f".{output.name}.saving")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(output)
-    return show(report | {"format": "merged", "dtype": str(model.dtype).removeprefix("torch.")}, str(output), False)
+    with staged(arguments.output) as folder:
+        own = any((Path(arguments.adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        tokenizer = load_tokenizer(arguments.adapter if own else arguments.base or base_of(arguments.adapter))
+        model, report = merge_adapter(arguments.adapter, arguments.base, tokenizer)
+        if model.config.pad_token_id is None:  # of a classifier: where a text ends
+            model.config.pad_token_id = tokenizer.pad_token_id
+        save(folder, model, tokenizer)
+    report |= {"format": "merged", "dtype": str(model.dtype).removeprefix("torch.")}
+    return show(report, arguments.output, as_json=False)

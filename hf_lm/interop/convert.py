@@ -98,7 +98,7 @@ def split_source(source: str) -> tuple[str, dict[str, str]]:
     return source, {}
 
 
-def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
     """
     The tokenizer that comes with a model, or None if none does.
 
@@ -236,7 +236,7 @@ def load_checkpoint(source: str, dtype: str = "auto", allow_missing: bool = Fals
         model, info = our_class(head).from_pretrained(
             folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **gguf
         )
-        tokenizer = load_tokenizer(folder, **gguf)
+        tokenizer = find_tokenizer(folder, **gguf)
     if not allow_missing:
         check_loaded(model, info, folder)
     check_model(model, tokenizer, source)

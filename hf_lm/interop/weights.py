@@ -127,7 +127,9 @@ def check_loaded(model: PreTrainedModel, info: dict, source: str, heads: tuple[s
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     missing = [name for name in info["missing_keys"] if name.startswith((base, *heads))]
     unexpected = [name for name in info["unexpected_keys"] if name.startswith(base) or "layers." in name]
-    if not base:
+    if not isinstance(model, HfLmPreTrainedModel):  # published checkpoints carry what only their training needs
+        unexpected = []
+    elif not base:
         unexpected = [name for name in unexpected if not re.match(r"(lm_head|score|qa_outputs|classifier)\.", name)]
     unexpected = [name for name in unexpected if not WITHOUT_CONTENT.search(name)]
     shapes = [f"{name} {tuple(got)} instead of {tuple(want)}" for name, got, want in info["mismatched_keys"]]
@@ -135,20 +137,6 @@ def check_loaded(model: PreTrainedModel, info: dict, source: str, heads: tuple[s
     texts = [f"{what}: {_listed(sorted(names))}" for what, names in problems.items() if names]
     if texts:
         raise WeightsError(f"{source}: the tensors do not fit the configuration; " + "; ".join(texts))
-
-
-def check_complete(model: PreTrainedModel, info: dict, source: str) -> None:
-    """
-    As `check_loaded`, for a model that is used as it is (of any family): nothing may be missing, its head included.
-
-    Raises:
-        InputError: naming the tensors.
-    """
-    if missing := sorted(info["missing_keys"]):
-        raise WeightsError(f"{source}: the weights lack {_listed(missing)}.")
-    if not isinstance(model, HfLmPreTrainedModel):  # published checkpoints carry what only their training needs
-        info = info | {"unexpected_keys": set()}
-    check_loaded(model, info, source)
 
 
 def _listed(names: list[str], limit: int = 8) -> str:

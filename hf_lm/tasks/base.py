@@ -1,6 +1,5 @@
 """What all tasks share: a tokenizer, blocks, a model, a trainer; named, or new."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -14,8 +13,9 @@ from ..data.collator import PackedCollator
 from ..data.documents import load_rows
 from ..errors import InputError, explained
 from ..interop.adapters import add_adapter
-from ..interop.convert import load_tokenizer, readable
+from ..interop.convert import readable
 from ..interop.folders import is_missing_folder
+from ..loading import load_tokenizer
 from ..modeling_hf_lm import HfLmForCausalLM
 from ..synonyms import FIELDS, closest
 from ..tokenization import extend_tokenizer, train_tokenizer
@@ -96,12 +96,11 @@ class Task(ABC):
             if arguments.extend_vocab_size is not None:
                 raise InputError("extend_vocab_size: needs a model_name_or_path whose tokenizer is extended.")
             return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=arguments.tokenizer_kind)
-        with readable(name):
+        try:
             tokenizer = load_tokenizer(name)
-        if tokenizer is None:
+        except InputError as error:
             key = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
-            where = "" if os.path.isdir(name) else ": there is no such folder, and the Hub has none or is out of reach"
-            raise InputError(f"{key}: {name} has no tokenizer{where}.")
+            raise InputError(f"{key}: {error}") from error
         if arguments.extend_vocab_size is not None:
             tokenizer, self.stands_for = extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
         return tokenizer
