@@ -345,12 +345,9 @@ class HfLmPreTrainedModel(PreTrainedModel):
         if not save_code:
             self.config._auto_class = None
         self.config.fit_to_layers(getattr(self, self.base_model_prefix, self).layers)
-        if state_dict := kwargs.get(
-            "state_dict"
-        ):  # gathered from several processes: tied weights are no longer one tensor
-            kwargs["state_dict"] = {
-                n: tensor for n, tensor in state_dict.items() if n not in self.all_tied_weights_keys
-            }
+        if gathered := kwargs.get("state_dict"):  # from several processes: tied weights are no longer one tensor
+            tied = self.all_tied_weights_keys
+            kwargs["state_dict"] = {name: tensor for name, tensor in gathered.items() if name not in tied}
         try:
             super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)  # ours, always
         finally:

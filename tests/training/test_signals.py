@@ -18,6 +18,8 @@ from hf_lm.training.arguments import parse_recipe
 from hf_lm.training.callbacks import InterruptCallback
 from hf_lm.training.checkpoints import damage
 
+COMMITTED = "checkpoint-*/manifest.json"
+
 
 def start(*command: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, **options)
@@ -79,8 +81,8 @@ def test_a_second_signal_stops_at_once_and_leaves_earlier_checkpoints_whole(reci
     for attempt in range(3):
         process = start("-m", "hf_lm", "train", path, *(["--resume"] if attempt else []))
         run = tmp_path / "run"
-        known = set(run.glob("checkpoint-*"))
-        wait_for(lambda run=run, known=known: set(run.glob("checkpoint-*")) - known)
+        known = set(run.glob(COMMITTED))
+        wait_for(lambda run=run, known=known: set(run.glob(COMMITTED)) - known)
         process.send_signal(number)
         time.sleep(moments.uniform(0, 0.03))
         process.send_signal(number)
@@ -88,8 +90,8 @@ def test_a_second_signal_stops_at_once_and_leaves_earlier_checkpoints_whole(reci
         process.wait(timeout=60)
         assert time.monotonic() - before < 30
         assert process.returncode in (-number, 128 + number)
-        folders = list(run.glob("checkpoint-*"))
-        assert folders and not any(damage(folder) for folder in folders)
+        manifests = list(run.glob(COMMITTED))
+        assert manifests and not any(damage(path.parent) for path in manifests)
 
 
 @pytest.mark.slow
@@ -98,7 +100,7 @@ def test_a_signal_to_all_processes_of_a_run_does_not_take_its_loader_away(recipe
     """As a scheduler or a terminal sends it."""
     path = recipe(max_steps=100_000, save_steps=5, eval_strategy="no", report_to="none", dataloader_num_workers=2)
     process = start("-m", "hf_lm", "train", path, start_new_session=True)
-    wait_for(lambda: any((tmp_path / "run").glob("checkpoint-*")))
+    wait_for(lambda: any((tmp_path / "run").glob(COMMITTED)))
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors[-3000:]
