@@ -11,7 +11,7 @@ from ..configuration_hf_lm import HfLmConfig
 from ..data.arguments import DataArguments
 from ..data.collator import PackedCollator
 from ..data.documents import load_rows
-from ..errors import InputError, explained
+from ..errors import InputError, explained, one_line
 from ..interop.adapters import add_adapter
 from ..interop.convert import readable
 from ..interop.folders import is_missing_folder
@@ -217,16 +217,19 @@ class Task(ABC):
         keep_best_by_default(arguments, len(encoded["train"]) if isinstance(encoded["train"], Dataset) else None)
         if arguments.early_stopping_patience is not None and arguments.eval_strategy == "no":
             raise InputError("early_stopping_patience: needs held-out data and an eval_strategy, steps or epoch.")
-        return HfLmTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=encoded["train"],
-            eval_dataset=evaluation,
-            data_collator=self.collator(tokenizer),
-            compute_metrics=self.compute_metrics and WholeSet(self.compute_metrics),
-            row_likelihoods=self.row_likelihoods,
-            processing_class=tokenizer,
-        )
+        try:
+            return HfLmTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=encoded["train"],
+                eval_dataset=evaluation,
+                data_collator=self.collator(tokenizer),
+                compute_metrics=self.compute_metrics and WholeSet(self.compute_metrics),
+                row_likelihoods=self.row_likelihoods,
+                processing_class=tokenizer,
+            )
+        except ValueError as error:  # of transformers about arguments
+            raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
 
     def scores(self, trainer: HfLmTrainer) -> dict:
         """The numbers on what was held out, for metrics.json; main ones first."""
