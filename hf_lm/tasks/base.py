@@ -141,8 +141,11 @@ class Task(ABC):
                 config = getattr(self.auto_class, "config_class", AutoConfig).from_pretrained(name)
                 for field, value in fields.items():
                     setattr(config, field, value)
+                # What an adapter leaves frozen need not be in float32 where matmuls are in bfloat16 anyway.
+                keeps = arguments.use_peft and self.training_arguments.bf16 and config.dtype == torch.bfloat16
+                dtype = torch.bfloat16 if keeps else torch.float32
                 model = self.auto_class.from_pretrained(
-                    name, config=config, attn_implementation=attention, dtype=torch.float32
+                    name, config=config, attn_implementation=attention, dtype=dtype
                 )
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 if arguments.use_peft:

@@ -14,6 +14,8 @@ from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.interop.adapters import base_of
 from hf_lm.loading import require_model
+from hf_lm.tasks import task_class
+from hf_lm.training.arguments import parse_recipe
 
 pytestmark = pytest.mark.slow  # needs peft, which the long tests install
 
@@ -256,3 +258,16 @@ def test_a_base_is_found_from_another_folder(base, tmp_path, monkeypatch):
         require_model("../adapter")
     write(str(base))  # as hf-lm train writes it
     assert require_model("../adapter") == "../adapter"
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_base_saved_in_bfloat16_stays_in_it_where_matmuls_are_too(base, recipe, tmp_path, bf16):
+    model = HfLmForCausalLM.from_pretrained(base).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    book_tokenizer().save_pretrained(tmp_path / "half")
+    keys = {"model_name_or_path": str(tmp_path / "half"), "use_peft": True, "bf16": bf16, "muon_learning_rate": None}
+    parsed = parse_recipe(recipe(**keys, max_steps=2, eval_strategy="no", save_strategy="no", report_to="none"), [])
+    trainer = task_class("causal-lm")(*parsed).build_trainer(None)
+    dtypes = {weight.requires_grad: weight.dtype for weight in trainer.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16 if bf16 else torch.float32}
+    assert trainer.train().training_loss > 0
