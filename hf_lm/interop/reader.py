@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import cached_file
 
 from ..configuration_hf_lm import READERS, HfLmConfig
@@ -78,13 +79,18 @@ def read_model(load: Callable, name, *args, **kwargs):
         InputError: naming the file or the tensors.
     """
     kwargs.setdefault("use_safetensors", True)  # pickled weights only for who asks for them
-    config = kwargs.get("config")
+    config, hub = kwargs.get("config"), {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key)}
+    adapter, base, adapter_kwargs = maybe_load_adapters(name, hub, **(kwargs.get("adapter_kwargs") or {}))
+    if adapter == base:  # a whole model with an adapter in its folder, which transformers adds
+        adapter = None
+    elif adapter is not None:
+        name, kwargs = base, kwargs | {"adapter_kwargs": None}
     if kwargs.get("gguf_file"):
         name, kwargs = None, kwargs | _read_gguf(name, kwargs)
     elif name is None:
         return load(name, *args, **kwargs)
     elif isinstance(config, PreTrainedConfig):
-        kwargs["config"] = _for_weights_of(name, config, kwargs)
+        kwargs["config"] = _for_weights_of(name, config, hub)
     else:
         kwargs["for_model"] = True
     is_folder = name is not None and os.path.isdir(name)
@@ -93,18 +99,20 @@ def read_model(load: Callable, name, *args, **kwargs):
     is_tolerant = kwargs.pop("ignore_mismatched_sizes", False) or is_reporting
     model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     is_converted = _forget_conversions(model)
-    is_adapter = hasattr(model, "peft_config")  # then transformers tells of the adapter's weights, and checks them
-    if not is_tolerant and not is_adapter:
+    if not is_tolerant:
         has_head = is_converted or any(tensor.startswith("model.") for tensor in names)  # else: may be a base model's
         check_loaded(model, info, str(name or "the GGUF file"), ("lm_head.",) if has_head else ())
+    if adapter is not None:  # after its base is checked
+        options = {"adapter_name": kwargs.get("adapter_name"), "adapter_kwargs": adapter_kwargs, "dtype": model.dtype}
+        info = model.load_adapter(adapter, **options).to_dict()
     return (model, info) if is_reporting else model
 
 
-def _for_weights_of(name, config: PreTrainedConfig, kwargs: dict) -> PreTrainedConfig:
+def _for_weights_of(name, config: PreTrainedConfig, hub: dict) -> PreTrainedConfig:
     """The given config, which names the conversions of the weights in a folder or on the Hub."""
     try:
-        config_dict, _ = source_config(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key)})
-    except OSError:  # of an adapter, or for transformers to tell
+        config_dict, _ = source_config(name, **hub)
+    except OSError:  # for transformers to tell
         return config
     if is_foreign(config_dict):
         config = copy(config)

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import warnings
 
 import pytest
 import torch
 from helpers.models import book_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lm import HfLmConfig, HfLmForCausalLM
@@ -271,3 +273,23 @@ def test_a_base_saved_in_bfloat16_stays_in_it_where_matmuls_are_too(base, recipe
     dtypes = {weight.requires_grad: weight.dtype for weight in trainer.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16 if bf16 else torch.float32}
     assert trainer.train().training_loss > 0
+
+
+def test_base_model_without_a_weight_is_refused_under_its_adapter(tmp_path):
+    model = HfLmForCausalLM(HfLmConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(tmp_path / "base")
+    peft = pytest.importorskip("peft")
+    base = HfLmForCausalLM.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    for model_class in (HfLmForCausalLM, AutoModelForCausalLM):
+        assert hasattr(model_class.from_pretrained(tmp_path / "adapter"), "peft_config")
+    shutil.copytree(tmp_path / "base", tmp_path / "whole")  # a model with an adapter in its folder
+    shutil.copytree(tmp_path / "adapter", tmp_path / "whole", dirs_exist_ok=True)
+    for model_class in (HfLmForCausalLM, AutoModelForCausalLM):
+        assert hasattr(model_class.from_pretrained(tmp_path / "whole"), "peft_config")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    for model_class in (HfLmForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=r"missing: model\.norm\.weight"):
+            model_class.from_pretrained(tmp_path / "adapter")
