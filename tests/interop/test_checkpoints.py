@@ -1,6 +1,8 @@
 """Foreign checkpoints load as they are, are saved as hf_lm models, and come back bit for bit."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,9 +164,21 @@ def test_option_that_the_decoder_lacks_is_refused_by_name(family, option, tmp_pa
 
 @pytest.mark.parametrize("pad_token_id", [-1, 10_000])
 def test_padding_outside_the_vocabulary_means_none(pad_token_id, tmp_path):
-    import json
-
     tiny_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad_token_id}))
     assert HfLmForCausalLM.from_pretrained(tmp_path).config.pad_token_id is None
+
+
+def test_config_of_a_foreign_checkpoint_is_read_once(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    code = """
+import sys
+from hf_lm import HfLmForCausalLM
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+HfLmForCausalLM.from_pretrained(sys.argv[1])
+print(sum(name.endswith("/config.json") for name in opened))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
