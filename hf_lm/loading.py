@@ -83,7 +83,7 @@ def _or_out_of_reach(path: str, error: InputError) -> InputError:
 
 def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
     """
-    Load the model in a folder or on the Hub, in evaluation mode, on the GPU if there is one.
+    Load the model in a folder or on the Hub, in evaluation mode, on the GPU if there is one and no `device_map`.
 
     Args:
         path: a model of hf_lm or of any family of transformers, or an adapter; folder or Hub id.
@@ -118,7 +118,8 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
         raise _or_out_of_reach(path, error) from error
     check_loaded(model, info, path)
     check_base(path, model)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    is_placed = "device_map" in kwargs or not torch.cuda.is_available()
+    return model.eval() if is_placed else model.to("cuda").eval()
 
 
 def load_tokenizer(path: str):
