@@ -23,14 +23,9 @@ PER_LAYER = {"layer_types": "layer_type", "no_rope_layers": "has_rope"}  # lists
 READERS: dict[str, Callable] = {}
 
 # What the Auto classes find in the config.json of a saved model.
-AUTO_MAP = {
-    "AutoConfig": "configuration_hf_lm.HfLmConfig",
-    "AutoModel": "modeling_hf_lm.HfLmModel",
-    "AutoModelForCausalLM": "modeling_hf_lm.HfLmForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_hf_lm.HfLmForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_hf_lm.HfLmForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_hf_lm.HfLmForQuestionAnswering",
-}
+HEADS = "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
+AUTO_MAP = {"AutoConfig": "configuration_hf_lm.HfLmConfig"}
+AUTO_MAP |= {f"AutoModel{head}": f"modeling_hf_lm.HfLm{head or 'Model'}" for head in ("", *HEADS)}
 # transformers copies the files that a code file imports along with it (older releases: not those that they import), and
 # finds them by a pattern, in strings as well: the config of a model from the Hub has all files at hand to save them.
 IMPORTED_LATER = """
@@ -42,6 +37,12 @@ from .modeling_hf_lm import HfLmModel
 def call(load: Callable, *args, **kwargs):
     """The reader where none is registered."""
     return load(*args, **kwargs)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError` with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def add_default_adapter_targets() -> None:
@@ -63,62 +64,58 @@ class HfLmConfig(PreTrainedConfig):
     from-scratch model of `recipes/moby_dick`; `recipes/benchmarks` has what each of them gains.
 
     Sizes (`vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads` are as in Llama's configuration):
-        intermediate_size (`int`, *optional*): width of the MLP; default `4 * hidden_size` for a plain MLP, two thirds
-            of that for a gated one (the same number of parameters), rounded up to a multiple of 32.
-        num_key_value_heads (`int`, *optional*): key/value heads of grouped-query attention (arXiv:2305.13245);
-            default: as many as query heads.
-        head_dim (`int`, *optional*): width of one head; default `hidden_size // num_attention_heads`.
-        max_position_embeddings (`int`): longest sequence the model was made for, in tokens.
+        intermediate_size: width of the MLP; default `4 * hidden_size` for a plain MLP, two thirds of that for a gated
+            one (the same number of parameters), rounded up to a multiple of 32.
+        num_key_value_heads: heads of grouped-query attention (arXiv:2305.13245); default: as many as query heads.
+        head_dim: width of one head; default `hidden_size // num_attention_heads`.
+        max_position_embeddings: longest sequence the model was made for, in tokens.
 
     Attention:
-        attention_bias (`bool`): bias on the query, key and value projections [Qwen2, StableLM, Phi, GPT-2, ...].
-        attention_out_bias (`bool`): bias on the output projection [Starcoder2, Phi, GPT-NeoX, GPT-2].
-        qk_norm (`"head"`, `"full"` or `None`): RMS norm of queries and keys, per head [Qwen3, Gemma 3] or over the
-            full projection width [OLMo2].
-        attention_multiplier (`float`, *optional*): factor on `q @ k.T`; default `head_dim ** -0.5`
-            [Granite; Gemma's `query_pre_attn_scalar ** -0.5`].
-        attn_logit_softcapping (`float`, *optional*): `cap * tanh(scores / cap)` before the softmax [Gemma 2].
-        layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer; default:
-            all sliding if `sliding_window` is set [Mistral], else all full. Alternating in [Gemma 2 and 3].
-        sliding_window (`int`, *optional*): how many tokens, itself included, a token of a sliding layer sees.
+        attention_bias: bias on the query, key and value projections [Qwen2, StableLM, Phi, GPT-2, ...].
+        attention_out_bias: bias on the output projection [Starcoder2, Phi, GPT-NeoX, GPT-2].
+        qk_norm: RMS norm of queries and keys, per head [Qwen3, Gemma 3] or over the full projection width [OLMo2].
+        attention_multiplier: factor on `q @ k.T`; default `head_dim ** -0.5` [Granite; Gemma's
+            `query_pre_attn_scalar ** -0.5`].
+        attn_logit_softcapping: `cap * tanh(scores / cap)` before the softmax [Gemma 2].
+        layer_types: `"full_attention"` or `"sliding_attention"` for each layer; default: all sliding if
+            `sliding_window` is set [Mistral], else all full. Alternating in [Gemma 2 and 3].
+        sliding_window: how many tokens, itself included, a token of a sliding layer sees.
 
     Positions:
-        position_embedding_type (`"rope"` or `"learned"`): rotary (arXiv:2104.09864) or learned absolute [GPT-2].
-        rope_parameters (`dict`, *optional*): `rope_type`, `rope_theta`, `partial_rotary_factor` [StableLM, Phi,
-            GPT-NeoX] and the scaling of any type the library knows; or one such dict per layer type [Gemma 3].
-        rope_interleaved (`bool`): rotate neighbouring pairs instead of the two halves of a head [Cohere].
-        no_rope_layers (`list[int]`, *optional*): 1 for each layer with rotary embedding, 0 for one without [SmolLM3].
+        position_embedding_type: rotary (arXiv:2104.09864) or learned absolute [GPT-2].
+        rope_parameters: `rope_type`, `rope_theta`, `partial_rotary_factor` [StableLM, Phi, GPT-NeoX] and the scaling
+            of any type transformers knows; or one such dict per layer type [Gemma 3].
+        rope_interleaved: rotate neighbouring pairs instead of the two halves of a head [Cohere].
+        no_rope_layers: 1 for each layer with rotary embedding, 0 for one without [SmolLM3].
 
     Norms and residual stream:
-        norm_type (`"rmsnorm"` or `"layernorm"`): [Llama and most; GPT-2, GPT-NeoX, Phi, StableLM, Starcoder2, Cohere].
-        norm_eps (`float`): added to the variance.
-        norm_bias (`bool`): bias of the LayerNorms [all with LayerNorm but Cohere].
-        norm_offset (`bool`): the RMS norm multiplies by `1 + weight` [Gemma].
-        norm_position (`"pre"`, `"post"` or `"sandwich"`): norms before each sub-layer [Llama and most], after it
-            [OLMo2], or both [Gemma 2 and 3].
-        parallel_residual (`"none"`, `"shared"` or `"separate"`): attention and MLP both read the layer's input,
-            through one norm [Cohere, Phi, StableLM-2-12B] or one each [GPT-NeoX].
-        residual_multiplier (`float`): factor on each sub-layer's output [Granite].
+        norm_type: [rmsnorm: Llama and most; layernorm: GPT-2, GPT-NeoX, Phi, StableLM, Starcoder2, Cohere].
+        norm_eps: added to the variance.
+        norm_bias: bias of the LayerNorms [all with LayerNorm but Cohere].
+        norm_offset: the RMS norm multiplies by `1 + weight` [Gemma].
+        norm_position: before each sub-layer [Llama and most], after it [OLMo2], or both [Gemma 2 and 3].
+        parallel_residual: attention and MLP both read the layer's input, through one norm (`"shared"`) [Cohere, Phi,
+            StableLM-2-12B] or one each (`"separate"`) [GPT-NeoX].
+        residual_multiplier: factor on each sub-layer's output [Granite].
 
     MLP:
-        hidden_act (`str`): activation, a key of `transformers.activations.ACT2FN`. The default is squared ReLU
-            (arXiv:2109.08668).
-        mlp_type (`"gated"` or `"plain"`): `down(act(gate(x)) * up(x))` [Llama and most] or `down(act(up(x)))`
-            [GPT-2, GPT-NeoX, Phi, Starcoder2].
-        mlp_bias (`bool`): bias on all MLP projections [GPT-2, GPT-NeoX, Phi, Starcoder2].
+        hidden_act: a key of `transformers.activations.ACT2FN`; default: squared ReLU (arXiv:2109.08668).
+        mlp_type: `down(act(gate(x)) * up(x))`, gated [Llama and most], or `down(act(up(x)))`, plain [GPT-2, GPT-NeoX,
+            Phi, Starcoder2].
+        mlp_bias: bias on all MLP projections [GPT-2, GPT-NeoX, Phi, Starcoder2].
 
     Embedding and head:
-        tie_word_embeddings (`bool`): `lm_head` shares the embedding matrix.
-        embedding_multiplier (`float`): factor on the token embeddings [Gemma, Granite].
-        lm_head_bias (`bool`): bias on `lm_head` [Phi].
-        logit_scale (`float`): factor on the logits [Cohere; 1 / `logits_scaling` of Granite].
-        final_logit_softcapping (`float`, *optional*): `cap * tanh(logits / cap)` [Gemma 2].
+        tie_word_embeddings: `lm_head` shares the embedding matrix.
+        embedding_multiplier: factor on the token embeddings [Gemma, Granite].
+        lm_head_bias: bias on `lm_head` [Phi].
+        logit_scale: factor on the logits [Cohere; 1 / `logits_scaling` of Granite].
+        final_logit_softcapping: `cap * tanh(logits / cap)` [Gemma 2].
 
     Training:
-        initializer_range (`float`): standard deviation of the initial weights.
-        zero_init_residual (`bool`): start `o_proj` and `down_proj` at zero: each layer starts as the identity.
-        embedding_dropout, residual_dropout, attention_dropout (`float`): probabilities [GPT-2, Phi, Starcoder2, ...].
-        classifier_dropout (`float`): before the token-classification head.
+        initializer_range: standard deviation of the initial weights.
+        zero_init_residual: start `o_proj` and `down_proj` at zero: each layer starts as the identity.
+        embedding_dropout, residual_dropout, attention_dropout: probabilities [GPT-2, Phi, Starcoder2, ...].
+        classifier_dropout: probability before the token-classification head.
 
     Raises:
         ValueError: on construction, if fields are out of range or contradict each other (all `validate_*` methods).
@@ -189,16 +186,15 @@ class HfLmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            self._require_positive(name)
+        self._require_positive("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}), unless head_dim is given."
-                )
+            require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), unless head_dim is given.",
+            )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             is_plain = self.mlp_type == "plain"
@@ -268,8 +264,7 @@ class HfLmConfig(PreTrainedConfig):
     def _require_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be greater than 0, got {value}.")
+            require(value is None or value > 0, f"{name} must be greater than 0, got {value}.")
 
     def validate_sizes(self):
         """Sizes and divisors are positive, probabilities are probabilities, factors are not negative."""
@@ -278,71 +273,62 @@ class HfLmConfig(PreTrainedConfig):
             "norm_eps", "attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping",
             "embedding_multiplier", "residual_multiplier", "logit_scale",
         )  # fmt: skip
-        if not 0.0 <= self.initializer_range <= 1.0:
-            raise ValueError(f"initializer_range must be between 0 and 1, got {self.initializer_range}.")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"pad_token_id must be between 0 and vocab_size - 1 ({self.vocab_size - 1}), got {self.pad_token_id}."
-            )
+        spread, pad, last = self.initializer_range, self.pad_token_id, self.vocab_size - 1
+        require(0.0 <= spread <= 1.0, f"initializer_range must be between 0 and 1, got {spread}.")
+        is_id = pad is None or 0 <= pad <= last
+        require(is_id, f"pad_token_id must be between 0 and vocab_size - 1 ({last}), got {pad}.")
         for name in ("embedding_dropout", "residual_dropout", "attention_dropout", "classifier_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"{name} must be at least 0 and less than 1, got {value}.")
 
     def validate_heads(self):
         """Query heads share key/value heads evenly; a rotated head has an even number of rotated dimensions."""
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        message = f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared})."
+        require(heads % shared == 0, message)
         for rope in self.rope_parameters_by_layer_type().values():
-            known = ("default", *ROPE_INIT_FUNCTIONS)
-            if rope["rope_type"] not in known:
-                raise ValueError(f"rope_type must be one of {', '.join(known)}, got {rope['rope_type']!r}.")
+            rope_type, known = rope["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
+            require(rope_type in known, f"rope_type must be one of {', '.join(known)}, got {rope_type!r}.")
             rotated = int(self.head_dim * (rope.get("partial_rotary_factor") or 1.0))
-            if rotated % 2 or not 0 < rotated <= self.head_dim:
-                raise ValueError(
-                    f"The rotated part of a head must be even and between 2 and head_dim ({self.head_dim}), got "
-                    f"{rotated} from rope_parameters {rope}."
-                )
-            if rope["rope_type"] == "dynamic" and rotated == 2:  # its formula divides by rotated - 2
-                raise ValueError(f'rope_type "dynamic" needs more than 2 rotated dimensions a head, got {rotated}.')
-            if rope.get("rope_theta", 1.0) <= 0:
-                raise ValueError(f"rope_theta must be greater than 0, got {rope['rope_theta']}.")
+            require(
+                rotated % 2 == 0 and 0 < rotated <= self.head_dim,
+                f"The rotated part of a head must be even and between 2 and head_dim ({self.head_dim}), got "
+                f"{rotated} from rope_parameters {rope}.",
+            )
+            is_defined = rope_type != "dynamic" or rotated > 2  # its formula divides by rotated - 2
+            require(is_defined, f'rope_type "dynamic" needs more than 2 rotated dimensions a head, got {rotated}.')
+            theta = rope.get("rope_theta", 1.0)
+            require(theta > 0, f"rope_theta must be greater than 0, got {theta}.")
 
     def validate_layers(self):
         """The two per-layer lists fit the number of layers and the other fields."""
-        for name in ("layer_types", "no_rope_layers"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.num_hidden_layers:
-                raise ValueError(
-                    f"{name} has {len(value)} entries, but num_hidden_layers is {self.num_hidden_layers}."
-                )
-        unknown = sorted(set(self.layer_types) - set(ATTENTION_LAYER_TYPES))
-        if unknown:
-            raise ValueError(f"layer_types may hold {' and '.join(ATTENTION_LAYER_TYPES)}, got {', '.join(unknown)}.")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types holds sliding_attention, which needs sliding_window (tokens), got None.")
-        if self.no_rope_layers is not None:
-            if self.position_embedding_type != "rope":
-                raise ValueError('no_rope_layers needs position_embedding_type "rope", got "learned".')
-            if set(self.no_rope_layers) - {0, 1}:
-                raise ValueError(f"no_rope_layers may hold 0 (no rotary) and 1 (rotary), got {self.no_rope_layers}.")
+        number, types, with_rope = self.num_hidden_layers, self.layer_types, self.no_rope_layers
+        for name in PER_LAYER:
+            length = number if getattr(self, name) is None else len(getattr(self, name))
+            require(length == number, f"{name} has {length} entries, but num_hidden_layers is {number}.")
+        unknown = ", ".join(sorted(set(types) - set(ATTENTION_LAYER_TYPES)))
+        require(not unknown, f"layer_types may hold {' and '.join(ATTENTION_LAYER_TYPES)}, got {unknown}.")
+        has_window = "sliding_attention" not in types or self.sliding_window is not None
+        require(has_window, "layer_types holds sliding_attention, which needs sliding_window (tokens), got None.")
+        if with_rope is not None:
+            is_rotary = self.position_embedding_type == "rope"
+            require(is_rotary, 'no_rope_layers needs position_embedding_type "rope", got "learned".')
+            is_binary = set(with_rope) <= {0, 1}
+            require(is_binary, f"no_rope_layers may hold 0 (no rotary) and 1 (rotary), got {with_rope}.")
 
     def validate_blocks(self):
         """Norms, residual paths and activations that can be built together."""
         from transformers.activations import ACT2FN  # here, since it loads torch
 
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}.")
-        if self.parallel_residual != "none" and self.norm_position != "pre":
-            raise ValueError(
-                f'parallel_residual "{self.parallel_residual}" needs norm_position "pre", got "{self.norm_position}".'
-            )
-        if self.norm_type == "layernorm" and self.norm_offset:
-            raise ValueError('norm_offset is for norm_type "rmsnorm" only, got "layernorm".')
-        if self.norm_type == "rmsnorm" and self.norm_bias:
-            raise ValueError('norm_bias is for norm_type "layernorm" only, got "rmsnorm".')
+        act, parallel, position = self.hidden_act, self.parallel_residual, self.norm_position
+        require(act in ACT2FN, f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {act!r}.")
+        can_be_parallel = parallel == "none" or position == "pre"
+        require(can_be_parallel, f'parallel_residual "{parallel}" needs norm_position "pre", got "{position}".')
+        is_layernorm = self.norm_type == "layernorm"
+        require(
+            not (is_layernorm and self.norm_offset), 'norm_offset is for norm_type "rmsnorm" only, got "layernorm".'
+        )
+        require(is_layernorm or not self.norm_bias, 'norm_bias is for norm_type "layernorm" only, got "rmsnorm".')
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -380,9 +366,8 @@ class HfLmConfig(PreTrainedConfig):
         layer_types = sorted(set(self.layer_types))  # all processes must build their buffers in the same order
         if not any(key in ATTENTION_LAYER_TYPES for key in rope):
             return dict.fromkeys(layer_types, rope)
-        missing = [layer_type for layer_type in layer_types if not rope.get(layer_type)]
-        if missing:
-            raise ValueError(f"rope_parameters has no entry for {', '.join(missing)}; it has {', '.join(rope)}.")
+        missing = ", ".join(layer_type for layer_type in layer_types if not rope.get(layer_type))
+        require(not missing, f"rope_parameters has no entry for {missing}; it has {', '.join(rope)}.")
         return {layer_type: rope[layer_type] for layer_type in layer_types}
 
 
