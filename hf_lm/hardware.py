@@ -2,13 +2,13 @@
 
 import ctypes
 import gc
-import os
 import platform
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -67,8 +67,10 @@ def describe_hardware(device: torch.device) -> str:
 
 def peak_memory() -> int:
     """The most memory that this process has had so far, bytes."""
-    import resource  # which Windows lacks
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -77,7 +79,7 @@ def memory_of(device: torch.device) -> float:
     """Bytes that the device has."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(psutil.virtual_memory().total)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_lm"
 
 # The rooms from the ground up, as CONTRIBUTING.md draws them. A room may import from rooms below its own.
-PICTURE = re.search(r"```text\n(.*?)```", (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)[1]
+PICTURE = re.search(
+    r"```text\n(.*?)```", (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S
+)[1]
 LEVELS = [re.split(r" {2,}", line)[0].split(", ") for line in reversed(PICTURE.splitlines())]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 HUB_FILES = ("configuration_hf_lm", "functional_hf_lm", "modeling_hf_lm")
@@ -117,3 +119,19 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
     result = subprocess.run([sys.executable, "-m", "hf_lm", "--help"], capture_output=True, text=True, check=True)
     assert "train" in result.stdout
     assert "usage: hf-lm" in run_python(code)
+
+
+def test_training_can_be_imported_where_there_is_no_resource_module():
+    """As on Windows."""
+    code = """
+import sys
+import psutil  # on Linux it has the module, on Windows its own ways
+sys.modules["resource"] = None
+import hf_lm.app.run, hf_lm.planning.plan, hf_lm.hardware as hardware
+class Process:
+    def memory_info(self):
+        return type("Info", (), {"peak_wset": 7})
+hardware.psutil.Process = Process
+print(hardware.peak_memory())
+"""
+    assert run_python(code).split() == ["7"]

@@ -17,6 +17,7 @@ from ..hardware import device_type, has_fast_bfloat16
 from ..synonyms import hint
 from .keys import ModelArguments, TrainingKeys, defaults_of_run
 from .metrics import decide_direction, greater_is_better
+from .optimizers import OPTIMIZERS
 from .recipe_file import Key, expand_path, read_recipe, read_words
 from .verdicts import refuse_arguments
 
@@ -73,7 +74,10 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
             self.load_best_model_at_end = True
         keeps_best, self.load_best_model_at_end = self.load_best_model_at_end, bool(self.load_best_model_at_end)
         given = self.greater_is_better
+        own = self.optim if self.optim in OPTIMIZERS else None
+        self.optim = "adamw_torch" if own else self.optim  # transformers refuses names that it does not know
         super().__post_init__()
+        self.optim = own or self.optim
         if self.metric_for_best_model is not None:
             self.greater_is_better = decide_direction(self.metric_for_best_model, given)
         self.load_best_model_at_end = keeps_best  # None until `keep_best_by_default` knows how often the text is read
@@ -148,6 +152,7 @@ def recipe_keys() -> dict[str, Key]:
     for group in GROUPS:
         hints = get_type_hints(group)
         keys |= {field.name: Key(field, hints[field.name]) for field in fields(group) if field.init}
+    keys["optim"].choices += list(OPTIMIZERS)
     return keys
 
 

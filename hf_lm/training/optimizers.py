@@ -1,6 +1,7 @@
 """Muon for the matrices of the decoder layers, AdamW for everything else, as one optimizer that checkpoints as one."""
 
 import copy
+import importlib
 import os
 from collections import defaultdict
 
@@ -13,7 +14,13 @@ from transformers import Trainer, TrainingArguments
 from ..anatomy import matrix_parameters
 from ..errors import InputError, explained
 from ..hardware import has_fast_bfloat16
+from .recipe_file import read_mapping
 
+# Optimizers beside those of transformers, by the name that `optim` takes: module and class. The class gets parameter groups,
+# `lr` and the entries of `optim_args`.
+OPTIMIZERS = {
+    "nadam": ("torch.optim", "NAdam"),
+}
 # Coefficients of the quintic Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 GRAM_FROM = 2  # columns for each row, from which on its steps cost less by way of the Gram matrix
@@ -171,7 +178,9 @@ def with_muon(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
     """
     if optimizer is torch.optim.AdamW:
         return MuonAdamW
-    if not isinstance(optimizer, type) or not optimizer.__module__.startswith(("torch.optim.", "transformers.")):
+    if not isinstance(optimizer, type) or not optimizer.__module__.startswith(
+        ("torch.optim.", "transformers.", "hf_lm.")
+    ):
         raise InputError(
             f"muon_learning_rate: {getattr(optimizer, '__name__', optimizer)} cannot train the rest; choose as optim "
             "adamw_torch, adafactor, sgd, adagrad or rmsprop, or leave muon_learning_rate out."
@@ -187,6 +196,11 @@ def optimizer_class(arguments: TrainingArguments, model=None) -> tuple[type[torc
         InputError: a package is missing, or the optimizer does not read an entry of `optim_args`.
     """
     name = arguments.optim
+    if name in OPTIMIZERS:
+        module, class_name = OPTIMIZERS[name]
+        with explained(f"optim: {name}"):
+            kind = getattr(importlib.import_module(module), class_name)
+        return kind, {"lr": arguments.learning_rate} | read_mapping("optim_args", arguments.optim_args or "")
 
     def build(optim_args: str | None):
         changed = copy.copy(arguments)
@@ -226,6 +240,8 @@ def choose_optimizer(
     kind, options = given or optimizer_class(arguments, model)
     if not trains_matrices:
         return kind, options
+    if arguments.fp16 and "fused" in options:  # a fused optimizer skips infinite gradients itself; Muon would not
+        options = {**options, "fused": False}
     matrices = {id(parameter) for parameter in matrix_parameters(model)}
     groups: dict[str, list] = {"muon": [], "decayed": [], "plain": []}
     for name, parameter in model.named_parameters():

@@ -25,7 +25,7 @@ from hf_lm.cli import COMMANDS, main
 
 REPOSITORY = Path(__file__).parents[2]
 GUIDES = REPOSITORY / "recipes" / "guides"
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(GUIDES.glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / ".github" / "CONTRIBUTING.md", *sorted(GUIDES.glob("*.md"))]
 PAGES += sorted((REPOSITORY / "recipes").glob("*/README.md"))
 PAGES = [page for page in PAGES if page.name != "api.md"]
 # The same commands, on less: what is shown is that they run, not what comes out.

@@ -142,6 +142,15 @@ def test_skipping_leaves_weights_and_optimizer_as_if_the_batch_had_not_been(buil
     assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
 
 
+def test_a_scaler_of_gradients_skips_the_update_too(build):
+    """As in float16, where it checks each update before it makes it."""
+    trainer = build((10,), on_divergence="skip", save_strategy="no", optim="adamw_torch")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    trainer.train()
+    assert left_out(trainer) == [6] and trainer.accelerator.scaler.get_scale() < 16.0
+    assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
+
+
 def test_more_divergences_than_allowed_stop_the_run(build):
     trainer = build((4, 10, 20), on_divergence="skip", max_divergences=2)
     with pytest.raises(TrainingDiverged, match=r"at step 11.*More than max_divergences \(2\)"):

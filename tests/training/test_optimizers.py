@@ -1,14 +1,16 @@
 """The composite optimizer does what its two halves do, and survives a checkpoint."""
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
 
 from hf_lm import HfLmForCausalLM
 from hf_lm.errors import InputError
-from hf_lm.training.arguments import HfLmTrainingArguments
-from hf_lm.training.optimizers import MuonAdamW, orthogonalize, with_muon
+from hf_lm.tasks import task_class
+from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
+from hf_lm.training.optimizers import MuonAdamW, choose_optimizer, orthogonalize, with_muon
 from hf_lm.training.trainer import HfLmTrainer
 
 
@@ -189,3 +191,31 @@ def test_schedules_that_make_no_sense_are_refused(tiny_model, tmp_path, changes,
     trainer.create_optimizer()
     with pytest.raises(InputError, match=message):
         trainer.create_scheduler(100)
+
+
+def test_an_optimizer_of_the_registry_trains_beside_muon(recipe, tmp_path):
+    keys = {"optim": "nadam", "optim_args": "momentum_decay=0.01", "max_steps": 2, "eval_strategy": "no"}
+    parsed = parse_recipe(recipe(**keys, save_strategy="no", report_to="none", muon_learning_rate=0.02), [])
+    trainer = task_class("causal-lm")(*parsed).build_trainer(None)
+    assert trainer.train().training_loss > 0
+    optimizer = trainer.optimizer.optimizer  # inside of accelerate's
+    assert isinstance(optimizer, torch.optim.NAdam) and type(optimizer).__name__ == "MuonNAdam"
+    assert {group.get("muon") for group in optimizer.param_groups} == {True, False}
+    assert optimizer.param_groups[-1]["momentum_decay"] == 0.01
+
+
+def test_an_unknown_optimizer_is_refused_with_those_there_are(recipe):
+    with pytest.raises(InputError, match="optim: must be one of adamw_torch, .*nadam, got 'nadm'"):
+        parse_recipe(recipe(optim="nadm"), [])
+
+
+@pytest.mark.parametrize("fp16", [True, False])
+def test_in_float16_the_scaler_decides_for_muon_too(fp16):
+    """A fused optimizer would be called with infinite gradients, and skip them for its own parameters only."""
+    arguments = Namespace(
+        muon_learning_rate=0.02, muon_momentum=0.95, weight_decay=0.0, fp16=fp16, deepspeed=None, learning_rate=0.01
+    )
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4)})
+    model.matrix_parameters = lambda: [model["layer"].weight]
+    kind, options = choose_optimizer(arguments, model, [], (torch.optim.AdamW, {"lr": 0.01, "fused": True}))
+    assert options["fused"] is not fp16 and issubclass(kind, MuonAdamW)
