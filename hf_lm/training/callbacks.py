@@ -15,6 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..generation.decoding import continue_prompts
+from .checkpoints import CommitCallback
 from .divergence import sampler_of
 
 
@@ -214,3 +215,9 @@ class InterruptCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.restore()
+
+
+def reads_checkpoints(callback: TrainerCallback) -> bool:
+    """Whether a callback, such as wandb's or Ray's, may read a checkpoint as soon as it is saved."""
+    harmless = (TrainerCallback.on_save, CommitCallback.on_save, InterruptCallback.on_save)
+    return getattr(callback.on_save, "__func__", callback.on_save) not in harmless

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from accelerate.utils import broadcast_object_list, str_to_bool
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -22,7 +22,7 @@ from ..data.collator import PackedCollator
 from ..data.packing import IGNORED
 from ..errors import InputError, explained, one_line
 from .arguments import HfLmTrainingArguments, add_own_keys
-from .callbacks import GroupByLengthCallback, InterruptCallback
+from .callbacks import GroupByLengthCallback, reads_checkpoints
 from .checkpoints import CommitCallback, checkpoint_to_resume, is_finished, newest_valid, writing
 from .divergence import TrainingDiverged, describe, look, norm_of, rows_of
 from .held_out import HeldOutTrainer
@@ -65,7 +65,7 @@ class HfLmTrainer(HeldOutTrainer):
         if self.is_fsdp_enabled:  # a checkpoint is a model folder, however many processes made it
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         elif self.is_world_process_zero() and (
-            self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "0"))
+            self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") in ("true", "1")
         ):
             logger.warning("fsdp: not on a CPU, where accelerate does not shard: each process holds the whole model.")
         self.progress = Progress(None if isinstance(train_dataset, IterableDataset | None) else len(train_dataset))
@@ -108,11 +108,7 @@ class HfLmTrainer(HeldOutTrainer):
                 self._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)
                 self.state, self.had_finished = state, True
                 return TrainOutput(state.global_step, 0.0, {})
-        harmless = (TrainerCallback.on_save, CommitCallback.on_save, InterruptCallback.on_save)
-        events = [
-            getattr(callback.on_save, "__func__", callback.on_save) for callback in self.callback_handler.callbacks
-        ]
-        self.commits.is_awaited = any(event not in harmless for event in events)
+        self.commits.is_awaited = any(map(reads_checkpoints, self.callback_handler.callbacks))
         self.commits.limit = self.args.save_total_limit
         self.progress.start()
         try:
@@ -189,10 +185,8 @@ class HfLmTrainer(HeldOutTrainer):
 
     def utilization(self, tokens_per_second: float) -> float | None:
         """Model-FLOPs utilization of all devices at such a speed; None where their peak is not known."""
-        args = self.args
-        return model_flops_utilization(
-            self.model, self.sequence_length, tokens_per_second, args.device, args.world_size
-        )
+        device, count = self.args.device, self.args.world_size
+        return model_flops_utilization(self.model, self.sequence_length, tokens_per_second, device, count)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
@@ -290,10 +284,7 @@ class HfLmTrainer(HeldOutTrainer):
         self.has_skipped = True
 
     def roll_back(self, what: str) -> str:
-        """
-        Weights and optimizer as in the last checkpoint. Steps, learning rate and data go on from here: the same data
-        again would end the same way.
-        """
+        """Restore weights and optimizer, not steps and data: the same data again would end the same way."""
         self.commits.wait()
         found = [newest_valid(Path(self.args.output_dir)) if self.args.should_save else None]
         checkpoint = broadcast_object_list(found)[0]
