@@ -1,6 +1,5 @@
 """Train a tokenizer on text: byte-level BPE, single characters, or bytes. Every string comes back as it was."""
 
-import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -187,6 +186,11 @@ def extend_tokenizer(
         if "".join(names) not in vocabulary:
             vocabulary["".join(names)] = next_id + len(parts)
             parts.append(left + right)
-    extended = copy.deepcopy(tokenizer)
-    extended._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    kept = ("chat_template", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+    extended = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        name_or_path=tokenizer.name_or_path,
+        **{name: getattr(tokenizer, name) for name in kept},
+        **tokenizer.special_tokens_map,
+    )
     return extended, parts

@@ -10,11 +10,8 @@ from ..functional_hf_lm import autocast_dtype, rotate_half
 
 
 def is_compiled() -> bool:
-    """
-    Whether this is traced by `torch.compile`, and not for an export. (In any graph of PyTorch 2.9 to 2.11
-    `torch.compiler.is_exporting` is True.)
-    """
-    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+    """Whether `torch.compile` traces this. (An export that is not strict does not come by Dynamo.)"""
+    return torch.compiler.is_dynamo_compiling()
 
 
 def uses_plain_backward() -> bool:

@@ -14,8 +14,8 @@ import torch
 from datasets import IterableDataset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 
 from ..anatomy import decoder_layers, flops_per_token, matrix_parameters, parameters_by_part
@@ -60,9 +60,13 @@ class _KeptOutputs(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         output = operator(*args, **(kwargs or {}))
-        is_copy = operator is torch.ops.aten._to_copy.default and self.is_parameter(args[0])
+        outputs = [one for one in (output if isinstance(output, tuple | list) else [output]) if torch.is_tensor(one)]
+        source = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        is_cast = source is not None and outputs and outputs[0].dtype != source.dtype and source.is_floating_point()
+        is_copy = is_cast and self.is_parameter(source)
         if self.enabled and (is_copy or is_dear(self.config, None, operator, *args)):
-            tree_map_only(torch.Tensor, self.keep, output)
+            for one in outputs:
+                self.keep(one)
         return output
 
 
@@ -75,7 +79,7 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
     `fit_to_cpu` made compute cheap things twice, their inputs and what is dear.
     """
     layers = decoder_layers(model)
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    parameters = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
     selective = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
     for layer in selective:  # all of a layer is looked at where it is to be computed again
         layer.gradient_checkpointing = not checkpointing
@@ -86,11 +90,11 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
         kept, inputs, inside = {}, [], []
 
         def is_parameter(tensor: torch.Tensor) -> bool:
-            return tensor.untyped_storage()._cdata in parameters
+            return StorageWeakRef(tensor.untyped_storage()) in parameters
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             if not is_parameter(tensor):
-                kept[tensor.untyped_storage()._cdata] = tensor  # held: no other takes its place
+                kept[StorageWeakRef(tensor.untyped_storage())] = tensor  # held: no other takes its place
             return tensor
 
         def total() -> int:
@@ -242,12 +246,12 @@ def sketch(task, tokenizer) -> nn.Module:
         if name is None:
             model = task.build_model(tokenizer)
         else:
-            config = getattr(task.auto_class, "config_class", AutoConfig).from_pretrained(name)
+            kind, options = getattr(task.auto_class, "config_class", AutoConfig), {"attn_implementation": attention}
+            config = kind.from_pretrained(name, **options if attention else {})
             fields = task.config_fields(tokenizer) | task.model_arguments.config_fields()
             for field, value in {**fields, "vocab_size": max(len(tokenizer), config.vocab_size)}.items():
                 setattr(config, field, value)
-            build = getattr(task.auto_class, "from_config", None) or task.auto_class._from_config
-            model = build(config, attn_implementation=attention)
+            model = getattr(task.auto_class, "from_config", task.auto_class)(config)
         if adapted:
             model = add_adapter(model, task.model_arguments, task.peft_task_type)
     if adapted:

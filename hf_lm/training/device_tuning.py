@@ -28,7 +28,7 @@ def is_dear(config: HfLmConfig, _, operator, *arguments, **keywords) -> bool:
     """
     aten = torch.ops.aten
     if operator not in (aten.mm.default, aten.addmm.default):
-        return operator in (aten.bmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default)
+        return operator is aten.bmm.default or "attention" in operator.name()  # fused attention of any device
     is_read = config.norm_position != "pre" or config.residual_dropout > 0
     return is_read or arguments[-1].shape[0] != config.intermediate_size
 

@@ -157,12 +157,16 @@ class BesideMuon:
                     state = self.state[parameter] = first_state(parameter, MUON_STATE)
                 state["step"] += 1
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
+            for buffer, gradient in zip(buffers, gradients, strict=True):
+                buffer.lerp_(gradient, 1 - group["momentum"])
+            pairs = zip(gradients, buffers, strict=True)
+            updates = [gradient.lerp(buffer, group["momentum"]) for gradient, buffer in pairs]
             updates = self._orthogonal(torch.stack(updates)).unbind()
             if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                for parameter in parameters:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 class MuonAdamW(BesideMuon, torch.optim.AdamW):
