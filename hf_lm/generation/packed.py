@@ -314,6 +314,7 @@ def can_optimize(model: nn.Module) -> bool:
         and model.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and (model.dtype == torch.float32 or computes_in_bfloat16() or HAS_FBGEMM)
+        and all(type(layer.mlp) is HfLmMLP for layer in model.model.layers)  # no other block is packed yet
         and all(type(m) is nn.Linear for name, m in model.named_modules() if name.endswith(("_proj", "lm_head")))
     )
 
