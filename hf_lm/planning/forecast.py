@@ -85,11 +85,6 @@ class _Stopwatch(TrainerCallback):
         return (end - start) / (after - before)
 
 
-def _keeps_graph(trainer) -> bool:
-    """Whether the run goes on with the compiled model of its forecast."""
-    return trainer.args.torch_compile and not trainer.is_sharded
-
-
 @contextmanager
 def _nothing_changes(trainer) -> Iterator[None]:
     """Random numbers and the model's mode are afterwards as before."""
@@ -127,16 +122,6 @@ def _rehearsal(trainer, watch: _Stopwatch):
     rehearsal.remove_callback(PrinterCallback)
     watch.progress = rehearsal.progress
     return rehearsal
-
-
-def _take_back(trainer, rehearsal) -> None:
-    """Give the trainer its model as it was; where it is compiled, the compiled one: the run need not compile it again."""
-    if _keeps_graph(trainer):
-        trainer.model_wrapped = rehearsal.model_wrapped
-        return
-    rehearsal.accelerator.unwrap_model(rehearsal.model_wrapped, keep_fp32_wrapper=False)
-    if "forward" in vars(trainer.model):  # accelerate leaves the class's own in its place
-        del trainer.model.forward
 
 
 def _step_costs(rehearsal, watch: _Stopwatch) -> dict:
@@ -210,7 +195,9 @@ def forecast(trainer, elapsed: float = 0.0, seconds: float = 2.5) -> dict:
                 watch.marks, watch.seconds = [], 0.0
                 rehearsal.train()
             costs["samples"], growth = _sample_seconds(rehearsal), HEAP_GROWTH
-        _take_back(trainer, rehearsal)
+    # accelerate prepares a model once: the run keeps the autocast of the rehearsal, and its compiled graph.
+    if trainer.args.torch_compile and not trainer.is_sharded:
+        trainer.model_wrapped = rehearsal.model_wrapped
     peak = max(peak_memory(), memory[0] + int(growth * (memory[1] - memory[0])))
     steps, looking = costs["steps"], costs["evaluation"] + costs["samples"]
     epochs, every = arguments.num_train_epochs, rehearsal.state.eval_steps
