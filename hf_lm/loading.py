@@ -118,8 +118,20 @@ def load_model(path: str, auto_class: str = "AutoModelForCausalLM", **kwargs):
         raise _or_out_of_reach(path, error) from error
     check_loaded(model, info, path)
     check_base(path, model)
+    _check_token_ids(model, path)
     is_placed = "device_map" in kwargs or not torch.cuda.is_available()
     return model.eval() if is_placed else model.to("cuda").eval()
+
+
+def _check_token_ids(model, path: str) -> None:
+    """
+    Raises:
+        InputError: a special token of generation_config.json, with which generation would end in a crash, is no number.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(getattr(model, "generation_config", None), name, None)
+        if not all(isinstance(one, int | None) for one in (value if isinstance(value, list) else [value])):
+            raise InputError(f"{path}: generation_config.json: {name} must be a token's number, got {value!r:.60}.")
 
 
 def load_tokenizer(path: str):

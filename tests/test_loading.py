@@ -51,3 +51,11 @@ def test_what_cannot_be_loaded_is_named(tiny_model, tmp_path):
         hf_lm.load_model(str(tmp_path))
     with pytest.raises(InputError, match="there is no tokenizer"):
         hf_lm.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", ['"x"', '["x", 1]', "1.5"])
+def test_special_tokens_that_are_no_numbers_are_named(tiny_model, tmp_path, value):
+    tiny_model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(InputError, match="generation_config.json: eos_token_id must be a token's number, got"):
+        hf_lm.load_model(str(tmp_path))
