@@ -213,6 +213,7 @@ def test_person_classifies(classifier, tmp_path):
         assert sum(map(int, re.findall(r"(\d+)%", text))) in (99, 100, 101)
 
 
+@pytest.mark.slow  # needs gradio, which the long tests install
 def test_answers_grow_and_end_where_nobody_reads_on(model, tokenizer):
     from hf_lm.serving.demo import stream
     from hf_lm.serving.engine import Engine
