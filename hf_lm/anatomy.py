@@ -1,6 +1,7 @@
 """What a model of any family is made of: its layers, its parameters by part, its operations per token."""
 
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -90,13 +91,41 @@ def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:
     return {name: count / context for name, count in parts.items()}
 
 
+def peak_of(device: torch.device) -> float | None:
+    """Peak of dense bfloat16 matmuls of a device (1/s); None where `DEVICES` has none."""
+    name = describe_hardware(device) if device.type == "cuda" else ""
+    return next((known.peak_flops for kind, known in DEVICES.items() if kind in name), None)
+
+
+@dataclass(frozen=True)
+class OperationCount:
+    """`flops_per_token` of a short sequence of `context` tokens: those of attention grow with the length."""
+
+    flops: dict[str, float]
+    context: int
+    peak: float
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device, context: int = 8) -> "OperationCount | None":
+        """Count before the model is wrapped, sharded or compiled; None where the peak of the device is not known."""
+        peak = peak_of(device)
+        return cls(flops_per_token(model, context), context, peak) if peak else None
+
+    def at(self, context: int) -> float:
+        """All operations of a token in a sequence of another length."""
+        return sum(self.flops.values()) + self.flops["attention"] * (context / self.context - 1)
+
+    def utilization(self, context: int, tokens_per_second: float, devices: int) -> float:
+        """See `model_flops_utilization`."""
+        return tokens_per_second * self.at(context) / (self.peak * devices)
+
+
 def model_flops_utilization(
     model: nn.Module, context: int, tokens_per_second: float, device: torch.device, devices: int = 1
 ) -> float | None:
     """
-    The share of the peak of all devices that the model's own operations take (`flops_per_token`;
-    MFU, arXiv:2204.02311, appendix B): nothing computed twice counts. None where the peak is not known (`DEVICES`).
+    The share of the peak of all devices that the model's own operations take (`flops_per_token`; MFU, arXiv:2204.02311,
+    appendix B): recomputation does not count. None where the peak is not known (`DEVICES`).
     """
-    name = describe_hardware(device) if device.type == "cuda" else ""
-    peak = next((known.peak_flops for kind, known in DEVICES.items() if kind in name), None)
-    return peak and tokens_per_second * sum(flops_per_token(model, context).values()) / (peak * devices)
+    count = OperationCount.of(model, device, context)
+    return count and count.utilization(context, tokens_per_second, devices)

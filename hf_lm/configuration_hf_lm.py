@@ -26,6 +26,17 @@ READERS: dict[str, Callable] = {}
 HEADS = "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
 AUTO_MAP = {"AutoConfig": "configuration_hf_lm.HfLmConfig"}
 AUTO_MAP |= {f"AutoModel{head}": f"modeling_hf_lm.HfLm{head or 'Model'}" for head in ("", *HEADS)}
+# Which norm (by its name in published checkpoints) stands before attention, after it, before the MLP, after it.
+NORM_NAMES = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 # transformers copies the files that a code file imports along with it (older releases: not those that they import), and
 # finds them by a pattern, in strings as well: the config of a model from the Hub has all files at hand to save them.
 IMPORTED_LATER = """

@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_hf_lm import AUTO_MAP, READERS, HfLmConfig, call
+from .configuration_hf_lm import AUTO_MAP, NORM_NAMES, READERS, HfLmConfig, call
 from .functional_hf_lm import (
     KERNELS,
     LOSSES,
@@ -142,8 +142,7 @@ class HfLmAttention(nn.Module):
         self.qk_norm, self.softcap = config.qk_norm, config.attn_logit_softcapping
         self.rope_interleaved = config.rope_interleaved
         self.is_causal = True
-        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if is_sliding else None
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         self.use_rope = config.position_embedding_type == "rope" and (
             config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         )
@@ -217,19 +216,6 @@ class HfLmMLP(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-# Which norm (by its name in published checkpoints) stands before attention, after it, before the MLP, after it.
-NORM_NAMES = {
-    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
-    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "sandwich": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
 
 
 class HfLmDecoderLayer(GradientCheckpointingLayer):
@@ -322,8 +308,7 @@ class HfLmPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; with a reader, checkpoints of other families as well, and none that lacks weights."""
-        load = super().from_pretrained
-        return READERS.get("model", call)(load, pretrained_model_name_or_path, *args, **kwargs)
+        return READERS.get("model", call)(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """Weights of the layers' linear maps, which an optimizer of whole matrices such as Muon trains."""
@@ -332,8 +317,7 @@ class HfLmPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, save_code: bool = True, **kwargs):
         """
-        As in transformers, but `HfLmConfig.save_pretrained` writes the code, of all classes of this file. (transformers
-        writes that of the saved one; of a model wrapped by FSDP it saves torch's code instead of ours.)
+        Save as transformers does, but let `HfLmConfig.save_pretrained` write the code: transformers writes that of one class.
 
         Args:
             save_code: False leaves out the Python files and `auto_map`: loading then takes the installed package.
@@ -441,8 +425,7 @@ class HfLmModel(HfLmPreTrainedModel):
         masks, attention_kwargs = make_causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, kwargs.get("cu_seq_lens_q")
         )
-        if attention_kwargs:
-            kwargs.update({**attention_kwargs, **kwargs})
+        kwargs = attention_kwargs | kwargs
         if position_ids is None:
             position_ids = default_position_ids(inputs_embeds, attention_mask, past_key_values)
 

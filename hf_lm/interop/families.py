@@ -202,11 +202,6 @@ class Family:
         task = re.sub(r"(?<!^)(?=[A-Z])", "_", head).upper()
         return getattr(transformers, f"MODEL_{task}_MAPPING").get(self.config_class, None)
 
-    @property
-    def copies_weights(self) -> bool:
-        """Whether some weights have another layout here, not only another name."""
-        return bool(self.conv1d) or any(isinstance(ours, Fused) for ours in self.weights.values())
-
     def _field_pairs(self) -> dict[str, str]:
         return {ours: theirs for ours, theirs in (SHARED | dict(self.fields)).items() if theirs is not None}
 

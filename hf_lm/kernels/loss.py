@@ -229,7 +229,7 @@ def _fastest_loss_and_gradients(hidden: torch.Tensor, *arguments) -> tuple[torch
             return _compiled_loss_and_gradients(hidden, *arguments)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of the compiler; an error of the inputs is raised again below
+        except RuntimeError as error:  # of the compiler; an error of the inputs is raised again below
             _compiler_fails = True
             reason = str(error).partition("\n")[0]
             logger.warning(f"The loss takes longer and more memory, for here it cannot be compiled. {reason}")

@@ -60,7 +60,7 @@ class _Stopwatch(TrainerCallback):
 
     def __init__(self, seconds: float, compiles: bool = False):
         self.seconds, self.compiles = seconds, compiles
-        self.progress = Progress()  # in its place comes that of the trainer that is timed
+        self.progress = Progress()  # replaced by that of the trainer that is timed
         # The clock and the tokens so far, at the start and after each step.
         self.marks: list[tuple[float, int]] = []
 

@@ -169,7 +169,7 @@ def damage(folder: Path, contents: bool = True) -> str | None:
 
 def newest_valid(run: Path, report=print) -> Path | None:
     """
-    The newest checkpoint of a run that is as it was written. Uncommitted ones are deleted; newer, damaged ones are renamed
+    Find the newest valid checkpoint of a run. Uncommitted ones are deleted; newer, damaged ones are renamed
     to `_damaged-...`, and `report` is told why.
     """
     shutil.rmtree(run / TRASH, ignore_errors=True)

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from ..anatomy import model_flops_utilization
+from ..anatomy import OperationCount
 from ..data.collator import PackedCollator
 from ..data.packing import IGNORED
 from ..errors import InputError, explained, one_line
@@ -27,7 +27,7 @@ from .checkpoints import CommitCallback, checkpoint_to_resume, is_finished, newe
 from .divergence import TrainingDiverged, describe, look, norm_of, rows_of
 from .held_out import HeldOutTrainer
 from .loaders import endless, guard_workers, keep_own_share, replaced
-from .manifest import MANIFEST, Progress, read_manifest
+from .manifest import Progress, read_manifest
 from .metrics import missing_metric_explained, reported_metrics, require_reported
 from .optimizers import check_rates, choose_optimizer, lay_out_states, schedule_options
 
@@ -55,10 +55,10 @@ class HfLmTrainer(HeldOutTrainer):
 
     args: HfLmTrainingArguments
 
-    def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, *further, **kwargs):
-        if args is not None:
-            train_dataset = endless(train_dataset, args)
-        super().__init__(model, args, data_collator, train_dataset, *further, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        is_stream = isinstance(self.train_dataset, IterableDataset | None)
+        self.train_dataset = endless(self.train_dataset, self.args)
         if not isinstance(self.args, HfLmTrainingArguments):
             add_own_keys(self.args)
         self.args.logging_nan_inf_filter = False  # it reads each loss back from the device; `look` has done so
@@ -68,11 +68,12 @@ class HfLmTrainer(HeldOutTrainer):
             self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") in ("true", "1")
         ):
             logger.warning("fsdp: not on a CPU, where accelerate does not shard: each process holds the whole model.")
-        self.progress = Progress(None if isinstance(train_dataset, IterableDataset | None) else len(train_dataset))
+        self.progress = Progress(None if is_stream else len(self.train_dataset))
         self.commits = CommitCallback(self.progress)
         self.callback_handler.callbacks.insert(0, self.commits)  # others find a checkpoint committed
         self.add_callback(GroupByLengthCallback())
         self.had_finished = False
+        self.operations: OperationCount | None = None  # where the peak of the device is known
         self.sequence_length = 0  # tokens of a row of the last batch
         self.pace: tuple[float, int] | None = None  # time and tokens when the last log, evaluation or save was over
         self.losses: list[torch.Tensor] = []  # of the batches of the update under way
@@ -100,14 +101,13 @@ class HfLmTrainer(HeldOutTrainer):
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             if is_finished(state, self.args):
                 if self.is_world_process_zero():
-                    print(
-                        f"The run of {checkpoint} has finished training; only what comes after is done.",
-                        file=sys.stderr,
-                    )
+                    done = "has finished training; only what comes after is done."
+                    print(f"The run of {checkpoint} {done}", file=sys.stderr)
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 self._load_from_checkpoint(best if best and os.path.isdir(best) else checkpoint)
                 self.state, self.had_finished = state, True
                 return TrainOutput(state.global_step, 0.0, {})
+        self.operations = OperationCount.of(self.model, self.args.device)
         self.commits.is_awaited = any(map(reads_checkpoints, self.callback_handler.callbacks))
         self.commits.limit = self.args.save_total_limit
         self.progress.start()
@@ -125,7 +125,7 @@ class HfLmTrainer(HeldOutTrainer):
         Raises:
             InputError: it was made with other data.
         """
-        facts = read_manifest(Path(checkpoint)).get("progress") if Path(checkpoint, MANIFEST).exists() else None
+        facts = read_manifest(Path(checkpoint)).get("progress")
         if facts is None:
             self.args.ignore_data_skip = self.args.restart_missing_state
             return
@@ -185,8 +185,8 @@ class HfLmTrainer(HeldOutTrainer):
 
     def utilization(self, tokens_per_second: float) -> float | None:
         """Model-FLOPs utilization of all devices at such a speed; None where their peak is not known."""
-        device, count = self.args.device, self.args.world_size
-        return model_flops_utilization(self.model, self.sequence_length, tokens_per_second, device, count)
+        count, length = self.operations, self.sequence_length
+        return count and count.utilization(length, tokens_per_second, self.args.world_size)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new, given = self.optimizer is None, self.optimizer_cls_and_kwargs
@@ -297,4 +297,4 @@ class HfLmTrainer(HeldOutTrainer):
         return f"rolled back to {checkpoint.name}"
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Keep the card that is there: `hub.PushCallback` writes it from measurements."""
+        """Keep the card that is there: `hub.push.PushCallback` writes it from measurements."""

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, train_tokenizer
-from hf_lm.anatomy import model_flops_utilization, parameters_by_part
+from hf_lm.anatomy import OperationCount, flops_per_token, model_flops_utilization, parameters_by_part
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.hardware import has_fast_bfloat16
@@ -62,6 +62,12 @@ def test_operations_are_those_that_torch_counts(build):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     assert counter.get_total_flops() == sum(flops_by_part(model, 32).values()) * ids.numel()
+
+
+def test_operations_of_a_short_sequence_tell_those_of_a_longer_one():
+    model = tiny()
+    count = OperationCount(flops_per_token(model, 8), context=8, peak=1.0)
+    assert count.at(32) == pytest.approx(sum(flops_per_token(model, 32).values()))
 
 
 def test_utilization_is_the_models_own_operations_over_the_peak_of_known_devices(monkeypatch):
