@@ -12,7 +12,7 @@ from helpers.private_names import exists, private_names
 # What these libraries document or expect of those who write a model class, a metric or a dataset builder.
 CONVENTIONS = {
     "_attn_implementation", "_can_compile_fullgraph", "_can_record_outputs", "_fsdp_plan", "_init_weights",
-    "_no_split_modules", "_pp_plan", "_skip_keys_device_placement", "_supports_attention_backend",
+    "_keys_to_ignore_on_save", "_no_split_modules", "_pp_plan", "_skip_keys_device_placement", "_supports_attention_backend",
     "_supports_flash_attn", "_supports_flex_attn", "_supports_sdpa", "_tied_weights_keys", "_tp_plan",
     "_compute", "_generate_tables", "_info", "_split_generators",
 }  # fmt: skip
@@ -69,9 +69,9 @@ PRIVATE = {
         "an option of save_pretrained",
     ),
     f"{TRAINER}_clip_grad_norm": ("training/trainer.py", "takes the gradient norm once", "grad_norm for callbacks"),
-    f"{TRAINER}_issue_warnings_after_load": ("training/trainer.py", "tied weights are not missing", "a fix upstream"),
     f"{TRAINER}_load_from_checkpoint": ("training/trainer.py", "rollback", "a public way to load a checkpoint"),
     f"{TRAINER}_load_optimizer_and_scheduler": ("training/trainer.py", "rollback", "a public way to load"),
+    f"{TRAINER}_push_from_checkpoint": ("training/trainer.py", "pushes what is committed", "an event after on_save"),
     f"{TRAINER}_save_checkpoint": ("training/trainer.py", "complete or not at all", "on_save"),
 }  # fmt: skip
 

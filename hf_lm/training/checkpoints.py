@@ -91,9 +91,9 @@ class CommitCallback(TrainerCallback):
         self.pending.set_result(None)
 
     def on_save(self, args, state, control, **kwargs):
-        if not args.should_save:
-            return
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not args.should_save or not (folder / UNCOMMITTED).exists():  # committed before it was pushed
+            return
         self.progress.count_time()
         facts = {
             "step": state.global_step,

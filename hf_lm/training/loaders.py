@@ -13,6 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..data.packing import IGNORED
 from ..data.streams import EndlessStream
 from ..errors import InputError
 
@@ -59,6 +60,20 @@ def keep_own_share(loader: DataLoader) -> None:
     stream = getattr(loader.dataset, "dataset", None)  # inside of accelerate's shard
     if isinstance(stream, EndlessStream) and isinstance(stream.rows, datasets.IterableDataset):
         loader.dataset.num_processes, loader.dataset.process_index = 1, 0
+
+
+def mask_duplicates(batch: dict, rows: int, args) -> None:
+    """
+    Mask the labels of duplicated rows of an epoch's last batch, which accelerate pads for all processes to have as many:
+    the epoch's first rows must not be learned twice.
+
+    Args:
+        rows: those of an epoch.
+    """
+    labels = batch.get("labels")
+    if args.world_size > 1 and labels.ndim == 2:
+        left = rows % (args.world_size * len(labels)) or rows
+        labels[max(left - args.process_index * len(labels), 0) :] = IGNORED
 
 
 def ignore_first_signal(seed_worker: Callable | None, worker_id: int) -> None:

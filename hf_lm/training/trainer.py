@@ -19,14 +19,13 @@ from transformers.utils import logging
 
 from ..anatomy import OperationCount
 from ..data.collator import PackedCollator
-from ..data.packing import IGNORED
 from ..errors import InputError, explained, one_line
 from .arguments import HfLmTrainingArguments, add_own_keys
 from .callbacks import GroupByLengthCallback, reads_checkpoints
 from .checkpoints import CommitCallback, checkpoint_to_resume, is_finished, newest_valid, writing
 from .divergence import TrainingDiverged, describe, look, norm_of, rows_of
 from .held_out import HeldOutTrainer
-from .loaders import endless, guard_workers, keep_own_share, replaced
+from .loaders import endless, guard_workers, keep_own_share, mask_duplicates, replaced
 from .manifest import Progress, read_manifest
 from .metrics import missing_metric_explained, reported_metrics, require_reported
 from .optimizers import check_rates, choose_optimizer, lay_out_states, schedule_options
@@ -72,6 +71,9 @@ class HfLmTrainer(HeldOutTrainer):
         self.commits = CommitCallback(self.progress)
         self.callback_handler.callbacks.insert(0, self.commits)  # others find a checkpoint committed
         self.add_callback(GroupByLengthCallback())
+        # Tied weights are saved once: they are not missing when a checkpoint is loaded.
+        if tied := getattr(self.model, "all_tied_weights_keys", None):
+            self.model._keys_to_ignore_on_save.update(tied)
         self.had_finished = False
         self.operations: OperationCount | None = None  # where the peak of the device is known
         self.sequence_length = 0  # tokens of a row of the last batch
@@ -136,11 +138,6 @@ class HfLmTrainer(HeldOutTrainer):
             )
         self.progress.restore(facts)
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys  # saved once: nothing is missing
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
-
     def get_train_dataloader(self) -> DataLoader:
         collator = self.data_collator
         if self.args.torch_compile and isinstance(collator, PackedCollator):
@@ -156,15 +153,9 @@ class HfLmTrainer(HeldOutTrainer):
         return super().get_batch_samples(map(self.mask_duplicates, epoch_iterator), *args)
 
     def mask_duplicates(self, batch: dict) -> dict:
-        """
-        Mask the labels of duplicated rows: accelerate pads an epoch's last batch with the epoch's first rows, which must not
-        be learned twice.
-        """
-        args, rows, labels = self.args, self.progress.rows, batch.get("labels")
-        is_last = self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last
-        if args.world_size > 1 and rows and is_last and self.model_accepts_loss_kwargs and labels.ndim == 2:
-            left = rows % (args.world_size * len(labels)) or rows
-            labels[max(left - args.process_index * len(labels), 0) :] = IGNORED
+        is_last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if is_last and self.progress.rows and self.model_accepts_loss_kwargs:
+            mask_duplicates(batch, self.progress.rows, self.args)
         return batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -227,6 +218,13 @@ class HfLmTrainer(HeldOutTrainer):
             self.accelerator.wait_for_everyone()  # the folder is new
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # all processes have written their files
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push what is committed: the upload reads the folder in the background, where no file may come or go."""
+        self.accelerator.wait_for_everyone()  # all processes have written their files
+        self.commits.on_save(self.args, self.state, self.control)
+        self.commits.wait()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """Compute the loss without the logits where nobody asks for them; 0 where no label of the update counts."""

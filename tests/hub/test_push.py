@@ -11,6 +11,8 @@ from hub_server.client import RemoteError
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.hub.push import plan_push
+from hf_lm.training.checkpoints import UNCOMMITTED
+from hf_lm.training.manifest import MANIFEST
 
 PUSH = "import hf_lm.cli\nresult = hf_lm.cli.main(['push', *map(str, arguments)])"
 # Planned once: the checks of the folder need seconds that a test of faults would spend at each of its pushes.
@@ -259,6 +261,9 @@ def test_every_push_of_the_trainer_is_complete_and_free_of_its_pickles(
         assert b"Every number on this page was read from a file" in hub.files("owner/m")["README.md"]
         assert b"# owner/m" in hub.files("owner/m")["README.md"]
     if strategy == "checkpoint":
-        assert {"last-checkpoint/optimizer.pt", "last-checkpoint/modeling_hf_lm.py"} <= set(
-            repository.resolve("main").tree
-        )
+        pushed = set(repository.resolve("main").tree)
+        assert {"last-checkpoint/optimizer.pt", "last-checkpoint/modeling_hf_lm.py"} <= pushed
+        if trainer == "ours":  # uploads run in the background: what they list is committed, and stays
+            for commit in (c for c in pushes if "last-checkpoint/optimizer.pt" in c.tree):
+                assert f"last-checkpoint/{MANIFEST}" in commit.tree
+                assert f"last-checkpoint/{UNCOMMITTED}" not in commit.tree
