@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmForSequenceClassification
 from hf_lm.cli import main
 from hf_lm.errors import InputError
-from hf_lm.interop.gguf import export_gguf, gguf_family, pre_tokenizer_name
+from hf_lm.interop.gguf import export_gguf
+from hf_lm.interop.gguf_models import gguf_family
+from hf_lm.interop.gguf_tokenizers import pre_tokenizer_name
 from hf_lm.interop.parity import default_text
 
 # the options of each architecture that a GGUF file holds
