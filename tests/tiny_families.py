@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from hf_lm.interop.families import FAMILIES
+from hf_lm.interop.families import FAMILIES, SQUARED_RELU
 
 SIZES = {
     "vocab_size": 99,
@@ -56,6 +56,8 @@ OPTIONS = {
     "phi": [{}, MHA, {"partial_rotary_factor": 0.25, "hidden_act": "gelu_pytorch_tanh"}],
     "starcoder2": [{}, {"use_bias": False, "sliding_window": 5} | MHA],
     "gpt_neox": [{}, {"attention_bias": False, "rotary_pct": 0.5}, {"use_parallel_residual": False}],
+    "apertus": [{}, MHA, {"attention_bias": True, "hidden_act": "gelu"}],
+    "arcee": [{}, {"attention_bias": True, "mlp_bias": True, "head_dim": 12}],
     "gpt2": [{}, {"n_inner": 40}, {"scale_attn_weights": False, "activation_function": "gelu"}],
 }
 DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "attention_dropout", "summary_first_dropout")
@@ -80,9 +82,20 @@ def tiny_config(family: str, **options) -> transformers.PreTrainedConfig:
     sizes = {config_class.attribute_map.get(key, key): value for key, value in SIZES.items()}
     for ours, theirs in FAMILIES[family].fields.items():
         if theirs is None:  # a size that the family has no option for
-            sizes.pop(ours)
+            sizes.pop(ours, None)
     dropouts = {name: 0.0 for name in DROPOUTS if hasattr(config_class, name)}
     return config_class(**(sizes | dropouts | options))
+
+
+def is_constant(name: str) -> bool:
+    """Whether a weight of theirs has one value in all models that the decoder expresses."""
+    return f"{SQUARED_RELU.module}." in name
+
+
+def set_constants(model: transformers.PreTrainedModel) -> None:
+    for name, tensor in model.state_dict().items():
+        if is_constant(name):
+            tensor.copy_(torch.tensor(SQUARED_RELU.values[name.rpartition(".")[2]]))
 
 
 def tiny_model(family: str, seed: int = 0, **options) -> transformers.PreTrainedModel:
@@ -96,5 +109,6 @@ def tiny_model(family: str, seed: int = 0, **options) -> transformers.PreTrained
         is_norm = parameter.ndim == 1 and name.endswith("weight")
         noise = torch.randn(parameter.shape, generator=generator) * (0.3 if is_norm else 0.2)
         parameter.data = noise + (1.0 if is_norm and not has_offset else 0.0)
+    set_constants(model)
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=None)
     return model.eval()

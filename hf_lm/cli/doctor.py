@@ -24,4 +24,4 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
         print(*findings, sep="\n")
-    return int(any(finding.problem is not None for finding in findings))
+    return int(any(finding.is_failure for finding in findings))

@@ -64,7 +64,7 @@ def plan_push(model_dir: str | os.PathLike, token: str | None = None) -> Plan:
     findings = examine(folder, skip=("no pickle files",))  # those stay at home
     kept, left_out = model_files(folder)
     token = token or get_token()
-    problems = [str(finding) for finding in findings if finding.problem is not None]
+    problems = [str(finding) for finding in findings if finding.is_failure]
     problems += [f"{name} is missing" for name in REQUIRED if name not in kept]
     problems += [f"README.md: {gap}" for gap in missing_from_card(folder)]
     for path in kept:

@@ -28,12 +28,13 @@ from .. import modeling_hf_lm
 from ..errors import InputError, one_line
 from ..files import culprit, library_is_silent, write_json
 from ..modeling_hf_lm import HfLmPreTrainedModel
-from .families import choose_family
+from .families import FAMILIES, choose_family
+from .family import Family
 from .folders import check_sizes
 from .heads import HEADS, head_of
 from .parity import compare, rounded
 from .reader import gguf_head_dim, source_config
-from .weights import check_loaded, native_state_dict
+from .weights import check_loaded, native_state_dict, to_write
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
@@ -205,9 +206,11 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         )
 
 
-def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """The model with its generation settings, and the tokenizer with its chat template."""
-    model.save_pretrained(folder)
+def save(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, weights: dict | None = None
+) -> None:
+    """The model (with these weights) and its generation settings, and the tokenizer with its chat template."""
+    model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -292,6 +295,25 @@ def our_class(head: str | None) -> type[HfLmPreTrainedModel]:
     return getattr(modeling_hf_lm, f"HfLm{head or 'ForCausalLM'}")
 
 
+def as_held(model: HfLmPreTrainedModel, family: Family) -> HfLmPreTrainedModel:
+    """
+    The model that a family holds in place of this one: the same, or with `embedding_multiplier` folded into the embedding,
+    which unties the head. Exact in the dtype of the weights.
+    """
+    config = family.as_held(model.config)
+    if config is model.config:
+        return model
+    weights = model.state_dict()
+    name = "model.embed_tokens.weight"
+    weights[name] = weights[name] * torch.tensor(model.config.embedding_multiplier).to(weights[name])
+    with no_init_weights():
+        held = type(model)(config)
+    held.load_state_dict(weights, assign=True)
+    if model.can_generate():
+        held.generation_config = model.generation_config
+    return held.eval()
+
+
 def to_native(model: HfLmPreTrainedModel, family: str | None = None) -> PreTrainedModel:
     """
     The same model as one of the library's own classes, sharing its weights where the layouts agree.
@@ -304,6 +326,7 @@ def to_native(model: HfLmPreTrainedModel, family: str | None = None) -> PreTrain
     """
     head = next((head for head in HEADS if isinstance(model, our_class(head))), None)
     chosen = choose_family(model.config, family, head)
+    model = as_held(model, chosen)
     config = chosen.from_hf_lm(model.config)
     if head is not None:
         config.id2label, config.problem_type = model.config.id2label, model.config.problem_type
@@ -329,11 +352,14 @@ def export_native(
     checkpoint = load_checkpoint(source, dtype)
     with staged(destination) as staging:
         native = to_native(checkpoint.model, family)
-        save(staging, native, checkpoint.tokenizer)
-        report = checkpoint.describe(source=source, family=native.config.model_type)
+        chosen, reference = FAMILIES[native.config.model_type], checkpoint.model
+        save(staging, native, checkpoint.tokenizer, to_write(native, reference, chosen))
+        report = checkpoint.describe(source=source, family=chosen.model_type)
         del native
         reloaded = auto_class(checkpoint.head).from_pretrained(staging, dtype=torch.float32)
-        return write_report(staging, report | compare(reloaded, checkpoint.model.float(), checkpoint.tokenizer, text))
+        if reference.dtype != torch.float32:  # scaled embeddings are rounded once more
+            reference = as_held(reference, chosen)
+        return write_report(staging, report | compare(reloaded, reference.float(), checkpoint.tokenizer, text))
 
 
 def export_onnx(source: str, destination: str | Path, dtype: str = "auto", text: str | None = None) -> dict[str, Any]:

@@ -99,6 +99,12 @@ def read_model(load: Callable, name, *args, **kwargs):
     is_tolerant = kwargs.pop("ignore_mismatched_sizes", False) or is_reporting
     model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     is_converted = _forget_conversions(model)
+    if refused := vars(model).pop("refused_weights", None):
+        layer, values = next(iter(refused.items()))
+        raise InputError(
+            f"{name}: {layer} has {', '.join(f'{key} {value}' for key, value in values.items())}; hf_lm reads xIELU only "
+            "where its factors make it squared ReLU, as in the models that hf-lm export writes."
+        )
     if not is_tolerant:
         has_head = is_converted or any(tensor.startswith("model.") for tensor in names)  # else: may be a base model's
         check_loaded(model, info, str(name or "the GGUF file"), ("lm_head.",) if has_head else ())

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import sys
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..errors import InputError
 from ..modeling_hf_lm import HfLmPreTrainedModel
-from .families import Family, Fused
+from .family import Constants, Family, Fused
 
 QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 # Buffers in published files that are computed nowadays; they carry nothing that was learned.
@@ -44,6 +45,30 @@ class ToLinear(ConversionOps):
         return {name: part.flatten(0, 1) for name, part in zip(target_patterns, copies, strict=True)}
 
 
+class DropConstants(ConversionOps):
+    """A linear layer's weight without the constants beside it; those of other values are told to `refused_weights`."""
+
+    def __init__(self, constants: Constants):
+        self.constants = constants
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        weight = tensors.pop(source_patterns[0])
+        found = dict(zip(self.constants.values, map(tensors.get, source_patterns[1:]), strict=True))
+        if tensors and not all(_is(found[name], value) for name, value in self.constants.values.items()):
+            values = {name: "missing" if one is None else f"{one.item():.6g}" for name, one in found.items()}
+            layer = full_layer_name.replace(f"{self.constants.beside}.weight", self.constants.module)
+            model.refused_weights = {**getattr(model, "refused_weights", {}), layer: values}
+        return {target_patterns[0]: weight}
+
+
+def _is(tensor: torch.Tensor | None, value: float | list[float]) -> bool:
+    """Whether a tensor is a constant, perhaps rounded to 16 bits on the way."""
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    return tensor is not None and any(torch.equal(tensor, torch.tensor(value).to(one).to(tensor)) for one in types)
+
+
 def page_out(tensor: torch.Tensor) -> None:
     """Return the memory of a tensor that is mapped from a file, where the system can: its copies replace it."""
     if sys.platform == "linux" and tensor.device.type == "cpu":
@@ -58,6 +83,13 @@ def conversions(family: Family) -> list[WeightTransform]:
     transforms: list[WeightTransform] = []
     for theirs, ours in family.weights.items():
         source, transposed = theirs.replace(".", r"\."), theirs in family.conv1d
+        if isinstance(ours, Constants):
+            weight = f"{ours.beside}.weight"
+            names = [weight, *(f"{theirs}.{name}" for name in ours.values)]
+            transforms.append(
+                WeightConverter([name.replace(".", r"\.") for name in names], weight, [DropConstants(ours)])
+            )
+            continue
         if not transposed and isinstance(ours, str):
             transforms.append(WeightRenaming(source, ours))
             continue
@@ -101,11 +133,35 @@ def native_state_dict(model: HfLmPreTrainedModel, family: Family, head: str | No
         if name.endswith(tuple(f"{layer}.weight" for layer in family.conv1d)):
             tensor = tensor.T.contiguous()
         native[name] = tensor
+    constants = _constants(list(native), family, model.config.hidden_act)
+    native |= {name: tensor.to(model.device, model.dtype) for name, tensor in constants.items()}
     renamed = {family.base_prefix: family.native_class(head).base_model_prefix}
     if head == "ForTokenClassification":
         renamed["score"] = family.token_score
     parts = {name: name.partition(".") for name in native}
     return {f"{renamed.get(top, top)}{dot}{rest}": native[name] for name, (top, dot, rest) in parts.items()}
+
+
+def _constants(names: Iterable[str], family: Family, act: str) -> dict[str, torch.Tensor]:
+    """The constants, in float32 and by name, of a family's model with these weights and our activation `act`."""
+    found = {}
+    for constants in family.weights.values():
+        if isinstance(constants, Constants) and constants.act == act:
+            beside = f"{constants.beside}.weight"
+            layers = [name.replace(beside, constants.module) for name in names if name.endswith(beside)]
+            found |= {
+                f"{layer}.{key}": torch.tensor(value) for layer in layers for key, value in constants.values.items()
+            }
+    return found
+
+
+def to_write(native: PreTrainedModel, ours: HfLmPreTrainedModel, family: Family) -> dict[str, torch.Tensor]:
+    """
+    The weights of a family's model as a file should hold them: constants in float32. Rounded to 16 bits they are another
+    factor for a program that computes with them in float32, as llama.cpp does.
+    """
+    weights = native.state_dict()
+    return weights | _constants(list(weights), family, ours.config.hidden_act)
 
 
 class WeightsError(InputError, RuntimeError):

@@ -155,8 +155,8 @@ def test_a_model_whose_code_breaks_a_promise_is_found(finished_folder, monkeypat
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_models_of_others_are_examined_too(finished_folder, tmp_path, family):
-    """Upstream's models leak between packed documents while they cache: that is theirs, and true."""
+def test_models_of_others_are_examined_too(finished_folder, tmp_path, family, capsys):
+    """transformers' classes leak between packed documents while they cache: a note, no fault of the folder."""
     torch.manual_seed(0)
     special = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, "vocab_size": 259}
     if family == "llama":
@@ -167,6 +167,9 @@ def test_models_of_others_are_examined_too(finished_folder, tmp_path, family):
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(finished_folder).save_pretrained(tmp_path)
     assert set(failures(tmp_path)) == {"packed documents are isolated"}
+    assert main(["doctor", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:35] for line in lines if not line.startswith("pass")] == ["note  packed documents are isolated"]
 
 
 def test_remote_code_is_not_run_unless_trusted(model_folder, tmp_path):

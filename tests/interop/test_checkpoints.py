@@ -139,7 +139,8 @@ def test_export_chooses_the_family_by_the_options(family):
 
 
 def test_export_names_the_options_that_no_family_has(tiny_config):
-    with pytest.raises(InputError, match=r"nearest is qwen3, but for: mlp_type is 'plain', there 'gated'"):
+    tiny_config.norm_position = "sandwich"
+    with pytest.raises(InputError, match=r"nearest is apertus, but for: norm_position is 'sandwich', there 'pre'"):
         choose_family(tiny_config)
 
 

@@ -235,9 +235,10 @@ def test_existing_folder_is_not_overwritten(checkpoint, tmp_path, capsys):
 
 
 def test_model_that_no_family_can_hold_says_why(tiny_model, tmp_path, capsys):
+    tiny_model.config.final_logit_softcapping = 15.0
     tiny_model.save_pretrained(tmp_path / "ours")
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "native")]) == 2
-    assert "mlp_type is 'plain', there 'gated'" in capsys.readouterr().err
+    assert "nearest is apertus, but for: final_logit_softcapping is 15.0, there None" in capsys.readouterr().err
     assert not (tmp_path / "native").exists()
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import OPTIONS, tiny_config
+from tiny_families import OPTIONS, set_constants, tiny_config
 
 from hf_lm import HfLmConfig
 from hf_lm.cli import main
@@ -26,6 +26,7 @@ def native_model(family: str, head: str, **options):
     model = FAMILIES[family].native_class(head)(config)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape) * 0.2
+    set_constants(model)
     return model.eval()
 
 
