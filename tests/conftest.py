@@ -71,7 +71,7 @@ def recipe(tmp_path: Path, moby_dick: str):
 def small_run(tmp_path_factory, moby_dick: str) -> tuple[Path, dict]:
     """Folder and metrics of one run of the small recipe, with checkpoints at steps 4, 8 and 12. Not to be changed."""
     from hf_lm.app.run import train
-    from hf_lm.training.arguments import parse_recipe
+    from hf_lm.tasks.recipe import parse_recipe
 
     folder = tmp_path_factory.mktemp("small")
     (folder / "book.txt").write_text(moby_dick[:60_000], encoding="utf-8")

@@ -115,6 +115,8 @@ except SystemExit as exit:
     assert exit.code == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
+    keys = code.replace('"--help"]', '"train", "--help"]')
+    assert "data of task chat:" in run_python(keys) and "language_pairs" in run_python(keys)
     # -c sets argv[0] after the fact: run it as the console script does
     result = subprocess.run([sys.executable, "-m", "hf_lm", "--help"], capture_output=True, text=True, check=True)
     assert "train" in result.stdout

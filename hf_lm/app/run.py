@@ -23,10 +23,11 @@ from ..hub.push import PushCallback
 from ..planning.forecast import forecast, in_words
 from ..records import VERSION, read_metrics
 from ..reports.report import measure_quality
-from ..tasks import task_class
-from ..training.arguments import HfLmTrainingArguments, ModelArguments
+from ..tasks import fields_of, own_keys, task_class
+from ..training.arguments import HfLmTrainingArguments
 from ..training.callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback, TroubleCallback
 from ..training.checkpoints import STOPPER_COUNT, checkpoint_to_resume
+from ..training.keys import ModelArguments
 from ..training.trainer import HfLmTrainer
 from .artifacts import RECIPE_FILE, describe, recipe_of, save_run, write_recipe
 
@@ -163,7 +164,8 @@ def train(
     """
     start = time.perf_counter()
     folder = Path(training_arguments.output_dir)
-    keys = {**asdict(model_arguments), **asdict(data_arguments)}
+    others = {field.name: field.default for group in own_keys() for field in fields_of(group)}
+    keys = {**others, **asdict(model_arguments), **asdict(data_arguments)}  # as manifests of 0.1.0 have them
     if data_arguments.streaming:  # its documents are shared among them
         keys["dataloader_num_workers"] = training_arguments.dataloader_num_workers
     training_arguments.also_decisive = {key: value for key, value in keys.items() if key not in FREE_TO_CHANGE}

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..planning import scaling
     from ..planning.plan import UTILIZATION, as_text, plan
-    from ..training.arguments import parse_recipe
+    from ..tasks.recipe import parse_recipe
 
     logging.disable_progress_bar()
     share = UTILIZATION if arguments.utilization is None else arguments.utilization

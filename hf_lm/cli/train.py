@@ -7,15 +7,19 @@ import textwrap
 
 from ..data.arguments import DataArguments
 from ..errors import Failure, InputError
+from ..tasks import fields_of, own_keys
 from ..training.keys import EVERY_RUN, NEW_MODEL, ModelArguments, TrainingKeys
 
 
 def list_keys() -> str:
     """All keys of our own with what they mean, by group, and what a recipe gets that does not name them."""
     lines = ["keys, in CONFIG.yaml as key: value or here as --key value (null unsets one; recipes/ has examples):"]
-    for name, group in (("model", ModelArguments), ("data", DataArguments), ("training", TrainingKeys)):
+    groups = {"model": dataclasses.fields(ModelArguments), "data": dataclasses.fields(DataArguments)}
+    groups |= {f"data of task {' and '.join(tasks)}": fields_of(group) for group, tasks in own_keys().items()}
+    groups["training"] = dataclasses.fields(TrainingKeys)
+    for name, of_group in groups.items():
         lines += ["", f"{name}:"]
-        for field in dataclasses.fields(group):
+        for field in of_group:
             default = "" if field.default in (None, False, dataclasses.MISSING) else f" (default {field.default!r})"
             about = f"{field.metadata['help']}{default}"
             lines += textwrap.wrap(about, 118, initial_indent=f"  {field.name:28} ", subsequent_indent=" " * 31)
@@ -43,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..app.run import Interrupted, keep_run_traceback, train
-    from ..training.arguments import parse_recipe
+    from ..tasks.recipe import parse_recipe
 
     logging.disable_progress_bar()  # of each saved or loaded weight; the training keeps its own
     parsed = parse_recipe(arguments.config, arguments.overrides)

@@ -1,34 +1,37 @@
-"""The data keys of a recipe, named as in the library's language-modelling example."""
+"""The data keys of a recipe that all tasks share, named as in transformers' language-modelling example."""
 
 from dataclasses import dataclass, field
 
 from ..errors import InputError
 
 
+def as_list(value: str | list[str] | None) -> list[str] | None:
+    """One text as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
 @dataclass
 class DataArguments:
-    """Where the text comes from, what of it is held out, and how it is cut."""
+    """
+    Where the text comes from, what of it is held out, and how it is cut. A task's own keys stand in a subclass beside it.
+    """
 
     task: str = field(default="causal-lm", metadata={"help": "what is trained: see hf_lm/tasks"})
-    dataset_name: str | None = field(default=None, metadata={"help": "dataset of the Hub, or a local dataset folder"})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "dataset of the Hub, or a local dataset folder", "is_path": True}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "files or globs: .txt (one document each), .jsonl, .json, .csv (also .gz), .parquet"},
+        metadata={
+            "help": "files or globs: .txt (one document each), .jsonl, .json, .csv (also .gz), .parquet",
+            "is_path": True,
+        },
     )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "the same, held out"})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "the same, held out", "is_path": True})
     test_file: list[str] | None = field(
-        default=None, metadata={"help": "the same, for the scores at the very end: nothing is chosen by it"}
-    )
-    control_file: list[str] | None = field(
         default=None,
-        metadata={"help": "text that a continued model should not forget: scored before and after the training"},
-    )
-    control_split_percentage: float = field(
-        default=0.0, metadata={"help": "score only this last per cent of control_file; 0: all of it"}
-    )
-    replay_percentage: float = field(
-        default=0.0, metadata={"help": "per cent of training blocks that come from the rest of control_file"}
+        metadata={"help": "the same, for the scores at the very end: nothing is chosen by it", "is_path": True},
     )
     split_column_name: str | None = field(
         default=None,
@@ -61,29 +64,6 @@ class DataArguments:
     show_examples: int = field(
         default=0, metadata={"help": "number of training examples to print first; what is not learned is dimmed"}
     )
-    label_column_name: str = field(default="label", metadata={"help": "column that holds the label of a text"})
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "the labels there are; where the column holds numbers, the name of 0, 1, ..."}
-    )
-    class_balance: str = field(
-        default="none",
-        metadata={"help": "oversample: repeat examples of rarer labels until all are as frequent; none"},
-    )
-    prompt_template: str = field(
-        default="{text}\nLabel: {label}", metadata={"help": "what label-likelihood reads; ends in {label}"}
-    )
-    label_words: list[str] | None = field(
-        default=None, metadata={"help": "words for {label}, in the order of class_names; default: these names"}
-    )
-    baseline: bool = field(
-        default=False, metadata={"help": "score TF-IDF with logistic regression (scikit-learn) on the same split"}
-    )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "file of a Jinja chat template with {% generation %} marks"}
-    )
-    language_pairs: list[str] | None = field(
-        default=None, metadata={"help": "what translation learns, as en-de de-en: each language is a column"}
-    )
     data_license: str | None = field(default=None, metadata={"help": "licence of the data, for the card"})
     data_sha256: str | None = field(
         default=None, metadata={"help": "of the files that data_license and language are about: others get neither"}
@@ -96,16 +76,13 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for name in ("train_file", "validation_file", "test_file", "control_file"):
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else value)
+        for name in ("train_file", "validation_file", "test_file"):
+            setattr(self, name, as_list(getattr(self, name)))
         if not 0 <= self.validation_split_percentage < 100:
             raise InputError(
                 "validation_split_percentage: must be at least 0 and less than 100, got "
                 f"{self.validation_split_percentage}."
             )
-        if not 0 <= self.replay_percentage < 100:
-            raise InputError(f"replay_percentage: must be at least 0 and less than 100, got {self.replay_percentage}.")
         for name in ("block_size", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,21 +1,40 @@
 """
 What a recipe's `task` decides: which rows it reads, how they become tokens, which head learns, how the result is scored.
 
-To add a task, write a module here with a subclass of `Task` and add a line to `TASKS`.
+To add a task, write a module here with a subclass of `Task` and add a line to `TASKS`. Its recipe keys, where it has some
+of its own, stand in a module without torch beside it, so that `hf-lm train --help` answers at once.
 """
 
 import difflib
 import importlib
+from dataclasses import fields
+from typing import NamedTuple
 
+from ..data.arguments import DataArguments
 from ..errors import InputError
 
-# task: (module in this folder, class)
+
+class Entry(NamedTuple):
+    """
+    Where a task stands.
+
+    Args:
+        task: module of this folder and subclass of `Task`.
+        arguments: module of this folder and subclass of `DataArguments`; None where it adds no key.
+    """
+
+    task: str
+    arguments: str | None = None
+
+
 TASKS = {
-    "causal-lm": ("language_modeling", "LanguageModeling"),
-    "sequence-classification": ("classification", "SequenceClassification"),
-    "label-likelihood": ("classification", "LabelLikelihood"),
-    "chat": ("chat", "Chat"),
-    "translation": ("translation", "Translation"),
+    "causal-lm": Entry("language_modeling.LanguageModeling", "language_modeling_keys.LanguageModelingArguments"),
+    "sequence-classification": Entry(
+        "classification.SequenceClassification", "classification_keys.ClassificationArguments"
+    ),
+    "label-likelihood": Entry("classification.LabelLikelihood", "classification_keys.ClassificationArguments"),
+    "chat": Entry("chat.Chat", "chat_keys.ChatArguments"),
+    "translation": Entry("translation.Translation", "translation_keys.TranslationArguments"),
 }
 
 
@@ -38,9 +57,42 @@ def task_class(name: str) -> type:
     Raises:
         InputError: no task has this name.
     """
+    return _load(_entry(name).task)
+
+
+def arguments_class(name: str) -> type[DataArguments]:
+    """
+    The dataclass of the data keys of a task's recipes. Loads no torch.
+
+    Raises:
+        InputError: no task has this name.
+    """
+    path = _entry(name).arguments
+    return DataArguments if path is None else _load(path)
+
+
+def own_keys() -> dict[type[DataArguments], list[str]]:
+    """The dataclasses of the keys that not all tasks share, and the tasks whose recipes have them. Loads no torch."""
+    owners: dict[type[DataArguments], list[str]] = {}
+    for name in TASKS:
+        owners.setdefault(arguments_class(name), []).append(name)
+    owners.pop(DataArguments, None)
+    return owners
+
+
+def fields_of(arguments: type[DataArguments]) -> list:
+    """The fields that a task's dataclass adds to those of `DataArguments`."""
+    return [field for field in fields(arguments) if field.name not in DataArguments.__dataclass_fields__]
+
+
+def _entry(name: str) -> Entry:
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(TASKS)} is possible."
         raise InputError(f"task: unknown task {name!r}; {hint}")
-    module, class_name = TASKS[name]
-    return getattr(importlib.import_module(f".{module}", __name__), class_name)
+    return TASKS[name]
+
+
+def _load(path: str) -> type:
+    module, name = path.split(".")
+    return getattr(importlib.import_module(f".{module}", __name__), name)

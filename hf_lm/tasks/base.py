@@ -19,8 +19,9 @@ from ..loading import load_tokenizer
 from ..modeling_hf_lm import HfLmForCausalLM
 from ..synonyms import FIELDS, closest
 from ..tokenization import extend_tokenizer, train_tokenizer
-from ..training.arguments import HfLmTrainingArguments, ModelArguments, keep_best_by_default
+from ..training.arguments import HfLmTrainingArguments, keep_best_by_default
 from ..training.device_tuning import fit_to_cpu, fit_to_gpu
+from ..training.keys import ModelArguments
 from ..training.metrics import BITS_PER_BYTE, LANGUAGE_MODELING, WholeSet, require_reported
 from ..training.trainer import HfLmTrainer
 

@@ -1,25 +1,17 @@
-"""The keys of a training recipe: a YAML file first, the command line over it, every key and type checked."""
+"""`TrainingArguments` as recipes have them, and which of them must not change over a resume."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
-from typing import ClassVar, get_type_hints
+from typing import ClassVar
 
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..configuration_hf_lm import HfLmConfig
-from ..data.arguments import DataArguments
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..hardware import device_type, has_fast_bfloat16
-from ..synonyms import hint
-from .keys import ModelArguments, TrainingKeys, defaults_of_run
+from .keys import TrainingKeys
 from .metrics import decide_direction, greater_is_better
 from .optimizers import OPTIMIZERS
-from .recipe_file import Key, expand_path, read_recipe, read_words
-from .verdicts import refuse_arguments
 
 logger = logging.get_logger(__name__)
 AT_LEAST = {
@@ -135,97 +127,3 @@ def decisive(arguments: TrainingArguments) -> dict:
     values = {name: getattr(arguments, name) for name in names} | {"world_size": arguments.world_size}
     values |= getattr(arguments, "also_decisive", {})
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", None) or str(value)))
-
-
-# Keys whose `~` and `$NAME` are read as a shell reads them.
-PATHS = {
-    "output_dir", "model_name_or_path", "tokenizer_name", "chat_template", "dataset_name",
-    "train_file", "validation_file", "test_file", "control_file",
-}  # fmt: skip
-GROUPS = (ModelArguments, DataArguments, HfLmTrainingArguments)
-
-
-@cache
-def recipe_keys() -> dict[str, Key]:
-    """Every key that a recipe may have, by name."""
-    keys = {}
-    for group in GROUPS:
-        hints = get_type_hints(group)
-        keys |= {field.name: Key(field, hints[field.name]) for field in fields(group) if field.init}
-    keys["optim"].choices += list(OPTIMIZERS)
-    return keys
-
-
-@contextmanager
-def said_of(where: str) -> Iterator[None]:
-    """
-    Raises:
-        InputError: the block's, with the place where the value stands in front.
-    """
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def parse_recipe(path: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, HfLmTrainingArguments]:
-    """
-    Read a recipe.
-
-    Args:
-        path: YAML file with a flat mapping of keys to values.
-        overrides: command-line words, `--key value ...`; they win over the file. Fields of a mapping
-            (`--config_overrides hidden_size=64`) are put into the file's mapping; `null` unsets a key; `max_steps` unsets
-            the file's `num_train_epochs`, and the other way round.
-
-    Raises:
-        InputError: the file cannot be read, a key is unknown (the closest known one is named) or a value has the
-            wrong type.
-    """
-    keys = recipe_keys()
-
-    def known(name: str) -> Key:
-        if name not in keys:
-            raise InputError(f"unknown key {name!r}{hint(name, keys, HfLmConfig.__dataclass_fields__)}")
-        return keys[name]
-
-    values, commanded = {}, set()
-    with said_of(path):
-        for name, value in read_recipe(path).items():
-            key = known(str(name))
-            values[key.name] = value if value is None else key.convert(value)
-    with said_of("command line"):
-        for name, words in read_words(overrides, keys):
-            if name.startswith("no_") and name[3:] in keys and not words:
-                name, words = name[3:], ["false"]
-            value = known(name).from_words(words)
-            value = value if value is None else keys[name].convert(value)
-            both = isinstance(value, dict) and isinstance(values.get(name), dict)
-            values[name] = values[name] | value if both else value
-            commanded.add(name)
-    for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
-        if name in commanded and values[name] is not None and other not in commanded:
-            values.pop(other, None)
-    if isinstance(arguments := values.get("optim_args"), dict):  # text to transformers
-        values["optim_args"] = ",".join(f"{name}={value}" for name, value in arguments.items())
-    values = {name: value for name, value in values.items() if value is not None or keys[name].may_be_none}
-    for name in values.keys() & PATHS:
-        paths = values[name]
-        if paths is not None:
-            is_list = isinstance(paths, list)
-            values[name] = [expand_path(name, path) for path in paths] if is_list else expand_path(name, paths)
-    values = defaults_of_run(values.get("model_name_or_path") is None, values) | values
-    values = {name: value for name, value in values.items() if value is not None}
-    refuse_arguments(
-        {name: value for name, value in values.items() if value != getattr(TrainingArguments, name, None)}
-    )
-    try:
-        return tuple(
-            group(**{field.name: values[field.name] for field in fields(group) if field.name in values})
-            for group in GROUPS
-        )
-    except InputError:
-        raise
-    except (ValueError, TypeError, OverflowError) as error:
-        named = [name for name, value in values.items() if str(error).startswith((f"{value} ", f"{value!r} "))]
-        raise InputError(": ".join([*named[:1], one_line(error)])) from error

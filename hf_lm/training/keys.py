@@ -19,6 +19,8 @@ EVERY_RUN = {
     "save_steps": 0.25,
 }
 NEW_MODEL = {"learning_rate": 0.003, "muon_learning_rate": 0.02, "adam_beta2": 0.95}
+# Recipe keys that have been renamed: {old key: (new key, the release of hf-lm that stops reading the old one)}.
+RENAMED: dict[str, tuple[str, str]] = {}
 
 
 def defaults_of_run(is_new: bool, named: dict) -> dict:
@@ -50,14 +52,16 @@ class ModelArguments:
     """What is trained: a new model (with a new tokenizer, unless one is named) or an existing checkpoint."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of the checkpoint to start from; none: a new model"}
+        default=None,
+        metadata={"help": "folder or Hub id of the checkpoint to start from; none: a new model", "is_path": True},
     )
     config_overrides: dict | str | None = field(
         default=None,
         metadata={"help": "fields of HfLmConfig, as hidden_size=128,num_hidden_layers=6 or as a mapping in YAML"},
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of a tokenizer; default: the model's, or a new one"}
+        default=None,
+        metadata={"help": "folder or Hub id of a tokenizer; default: the model's, or a new one", "is_path": True},
     )
     vocab_size: int = field(default=2048, metadata={"help": "size of a new tokenizer's vocabulary, in tokens"})
     attn_implementation: str | None = field(
@@ -93,7 +97,9 @@ class ModelArguments:
 class TrainingKeys:
     """How it is trained, beside `transformers.TrainingArguments`: our own keys, and upstream's with other defaults."""
 
-    output_dir: str | None = field(default="runs/hf_lm", metadata={"help": "folder that receives everything"})
+    output_dir: str | None = field(
+        default="runs/hf_lm", metadata={"help": "folder that receives everything", "is_path": True}
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 autocast; default: where the hardware is fast at it"}
     )

@@ -181,7 +181,7 @@ def as_number(name: str, kind: type, text: str) -> int | float:
 
 
 class Key:
-    """One key of a recipe: its name and type, as a dataclass declares them."""
+    """One key of a recipe: its name, type and metadata, as a dataclass declares them."""
 
     def __init__(self, field: Field, hint: object):
         self.name = field.name
@@ -194,6 +194,7 @@ class Key:
         self.may_be_none = type(None) in self.kinds
         # Text to transformers, but a mapping in what it means.
         self.is_mapping = dict in self.kinds or field.name == "optim_args"
+        self.is_path = field.metadata.get("is_path", False)  # `~` and `$NAME` are read as a shell reads them
         self.may_be_bare = bool in self.kinds or field.metadata.get("nargs") == "?"
 
     def from_words(self, words: list[str]) -> object:

@@ -112,7 +112,7 @@ def run(kind: str, arguments: argparse.Namespace, tokenizer_folder: str) -> dict
 def waiting_share(file: str, steps: int = 300) -> float:
     """Of the time of so many training steps: in how much of it the next batch is not there yet."""
     from hf_lm.app.run import train
-    from hf_lm.training.arguments import parse_recipe
+    from hf_lm.tasks.recipe import parse_recipe
     from hf_lm.training.trainer import HfLmTrainer
 
     waited, own = [], HfLmTrainer.get_batch_samples

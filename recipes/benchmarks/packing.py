@@ -28,16 +28,17 @@ GOAL = 2.5
 def prepare(rows: int, data_name: str):
     """A trainer of the recipe's model on the packed blocks of so many rows of the data of a recipe."""
     from hf_lm.tasks import task_class
-    from hf_lm.training.arguments import parse_recipe
+    from hf_lm.tasks.recipe import parse_recipe
 
     data = RECIPE.with_name("data") / "help_en_de_zh.parquet"
     overrides = ["--train_file", str(data), "--max_train_samples", str(rows), "--max_eval_samples", "8"]
-    arguments = parse_recipe(str(RECIPE), [*overrides, "--report_to", "none", "--eval_strategy", "no"])
     if data_name == "chat":
-        arguments[1].task, arguments[1].split_column_name = "chat", None
+        overrides += ["--task", "chat", "--language_pairs", "null", "--split_column_name", "null"]
         for split in ("train", "validation"):
-            setattr(arguments[1], f"{split}_file", [str(CHAT / "data" / f"{split}.jsonl")])
-        arguments[2].per_device_train_batch_size = parse_recipe(str(CHAT / "config.yaml"), [])[2].train_batch_size
+            overrides += [f"--{split}_file", str(CHAT / "data" / f"{split}.jsonl")]
+        batch = parse_recipe(str(CHAT / "config.yaml"), [])[2].per_device_train_batch_size
+        overrides += ["--per_device_train_batch_size", str(batch)]
+    arguments = parse_recipe(str(RECIPE), [*overrides, "--report_to", "none", "--eval_strategy", "no"])
     task = task_class(arguments[1].task)(*arguments)
     return task.build_trainer(None)
 

@@ -82,7 +82,7 @@ def timed(base, start: float, seconds: float, steps: int, schedule, ends: list[f
 
 def settings_of(text: str) -> dict:
     """`hidden_size=192,weight_decay=0.1` as a dict."""
-    from hf_lm.training.arguments import ModelArguments
+    from hf_lm.training.keys import ModelArguments
 
     return ModelArguments(config_overrides=text).config_fields()
 

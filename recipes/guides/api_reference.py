@@ -45,12 +45,12 @@ def public(module) -> list[tuple[str, object]]:
     ]
 
 
-def keys(group) -> str:
-    """The keys that one dataclass adds to a recipe, as a table."""
+def keys(of_group) -> str:
+    """The keys that fields of dataclasses are in a recipe, as a table."""
     inherited = {field.name for field in fields(TrainingArguments)}
     rows = ["| key | default | what |", "|---|---|---|"]
-    for field in fields(group):
-        default = "" if field.default in (MISSING, None) else f"`{field.default}`"
+    for field in of_group:
+        default = "" if field.default in (MISSING, None) else f"`{field.default}`".replace("\n", "\\n")
         changed = " (upstream's key)" if field.name in inherited else ""
         rows.append(f"| `{field.name}` | {default} | {field.metadata['help'].replace('|', '/')}{changed} |")
     return "\n".join(rows)
@@ -73,6 +73,7 @@ def server_fields() -> str:
 def reference() -> str:
     """The whole page."""
     from hf_lm.data.arguments import DataArguments
+    from hf_lm.tasks import fields_of, own_keys
     from hf_lm.training.keys import ModelArguments, TrainingKeys
     from hf_lm.training.verdicts import verdict_table
 
@@ -81,7 +82,8 @@ def reference() -> str:
         "## Commands\n\n| `hf-lm` | what it does |\n|---|---|",
         *(f"| `{name}` | {what} |" for name, (_, what) in COMMANDS.items()),
         "\n## Keys of a recipe\n\nAnd those of `transformers.TrainingArguments` that the next section lists.\n",
-        *(f"{keys(group)}\n" for group in (ModelArguments, DataArguments, TrainingKeys)),
+        *(f"{keys(fields(group))}\n" for group in (ModelArguments, DataArguments, TrainingKeys)),
+        *(f"Of task {' and '.join(tasks)}:\n\n{keys(fields_of(group))}\n" for group, tasks in own_keys().items()),
         f"## Arguments of transformers in a recipe\n\nAll those of `transformers.TrainingArguments`:\n\n{verdict_table()}\n",
         f"## Fields of the server\n\nA field that is not listed is refused.\n\n{server_fields()}\n",
         "## The model\n",

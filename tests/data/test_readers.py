@@ -19,10 +19,10 @@ from hf_lm.data.arguments import DataArguments
 from hf_lm.data.documents import data_sha256, describe_split, hold_out, load_documents, load_rows
 from hf_lm.data.packing import pack_documents
 from hf_lm.errors import InputError
-from hf_lm.tasks import task_class
+from hf_lm.tasks import arguments_class, task_class
 from hf_lm.tasks.classification import hold_out_by_label
 from hf_lm.tokenization import train_tokenizer
-from hf_lm.training.arguments import ModelArguments
+from hf_lm.training.keys import ModelArguments
 
 
 def write(path, rows: list[dict]) -> str:
@@ -39,7 +39,7 @@ def write(path, rows: list[dict]) -> str:
 
 def load(task: str, *, seed: int = 1, **data) -> tuple:
     """The task and its rows, without a model."""
-    data = DataArguments(task=task, **{"validation_split_percentage": 0, **data})
+    data = arguments_class(task)(task=task, **{"validation_split_percentage": 0, **data})
     made = task_class(task)(ModelArguments(), data, SimpleNamespace(seed=seed))
     return made, made.load()
 

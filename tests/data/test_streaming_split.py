@@ -23,10 +23,11 @@ def batches_of(files: list[str], skip: int, count: int) -> list[list[int]]:
     from accelerate import skip_first_batches
 
     from hf_lm import HfLmConfig, HfLmForCausalLM
-    from hf_lm.data.arguments import DataArguments
     from hf_lm.tasks.language_modeling import LanguageModeling
+    from hf_lm.tasks.language_modeling_keys import LanguageModelingArguments
     from hf_lm.tokenization import train_tokenizer
-    from hf_lm.training.arguments import HfLmTrainingArguments, ModelArguments
+    from hf_lm.training.arguments import HfLmTrainingArguments
+    from hf_lm.training.keys import ModelArguments
     from hf_lm.training.trainer import HfLmTrainer
 
     torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def batches_of(files: list[str], skip: int, count: int) -> list[list[int]]:
         max_steps=1,
         bf16=False,
     )
-    data = DataArguments(train_file=files, streaming=True, validation_split_percentage=0, block_size=BLOCK)
+    data = LanguageModelingArguments(train_file=files, streaming=True, validation_split_percentage=0, block_size=BLOCK)
     task = LanguageModeling(ModelArguments(), data, arguments)
     tokenizer = train_tokenizer([], kind="byte")
     model = HfLmForCausalLM(HfLmConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=300))

@@ -157,10 +157,9 @@ def test_what_pip_is_told_is_told_by_the_workflow_too_and_extras_exist():
 
 
 def test_options_and_keys_named_in_a_sentence_exist():
-    from hf_lm.data.arguments import DataArguments
-    from hf_lm.training.arguments import HfLmTrainingArguments, ModelArguments
+    from hf_lm.tasks.recipe import recipe_keys
 
-    keys = {field.name for group in (ModelArguments, DataArguments, HfLmTrainingArguments) for field in fields(group)}
+    keys = {*recipe_keys()}
     options, parser = {"--help", "--debug", *(f"--{key}" for key in keys)}, argparse.ArgumentParser()
     options |= {f"--{key.replace('_', '-')}" for key in keys}
     for module, _ in COMMANDS.values():

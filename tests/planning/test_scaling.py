@@ -15,7 +15,8 @@ from hf_lm.planning.scaling import (
     regularized,
     seconds_of,
 )
-from hf_lm.training.arguments import ModelArguments, parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
+from hf_lm.training.keys import ModelArguments
 
 
 def test_budgets_are_times():

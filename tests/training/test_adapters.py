@@ -17,7 +17,7 @@ from hf_lm.errors import InputError
 from hf_lm.interop.adapters import base_of
 from hf_lm.loading import require_model
 from hf_lm.tasks import task_class
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
 
 pytestmark = pytest.mark.slow  # needs peft, which the long tests install
 

@@ -6,8 +6,11 @@ import pytest
 import yaml
 
 from hf_lm.app.artifacts import recipe_of, write_recipe
+from hf_lm.data.arguments import DataArguments
 from hf_lm.errors import InputError
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.tasks import TASKS, arguments_class, fields_of, own_keys
+from hf_lm.tasks.recipe import parse_recipe, recipe_keys
+from hf_lm.training.keys import RENAMED
 
 
 @pytest.fixture
@@ -38,6 +41,7 @@ def test_command_line_wins_over_yaml(recipe):
     assert model.vocab_size == 400
 
 
+LABELS = "task: label-likelihood\n"
 WRITTEN = [
     "no",
     "off",
@@ -59,14 +63,15 @@ def test_text_is_what_was_written(parsed):
     """Each of these is a number, date or truth value to YAML 1.1 or 1.2."""
     for text in WRITTEN:
         values = parsed(
-            f"output_dir: {text}\nlanguage: {text}\nclass_names: [{text}, a]\nlabel_words:\n- a\n- {text}\n"
+            f"output_dir: {text}\nlanguage: {text}\n{LABELS}class_names: [{text}, a]\nlabel_words:\n- a\n- {text}\n"
             f"config_overrides: {{id2label: {{0: '{text}', 1: b}}}}\nrun_name: '{text}'\n"
         )
         for key in ("output_dir", "language", "run_name"):
             assert values[key] == text
         assert values["class_names"] == [text, "a"] and values["label_words"] == ["a", text]
         assert values["config_overrides"] == {"id2label": {"0": text, "1": "b"}}
-    assert parsed("prompt_template: '- {text}{label}'\nsample_prompts: ['--x', 'null', '']")["sample_prompts"][:2] == ["--x", "null"]  # fmt: skip
+    values = parsed(LABELS + "prompt_template: '- {text}{label}'\nsample_prompts: ['--x', 'null', '']")
+    assert values["sample_prompts"][:2] == ["--x", "null"] and values["prompt_template"] == "- {text}{label}"
 
 
 def test_numbers_and_truth_values_are_those_of_the_keys_type(parsed):
@@ -109,7 +114,7 @@ def test_fields_of_a_mapping_are_put_into_the_recipes(parsed):
 
 
 def test_keys_are_unset_and_lengths_exclude_each_other(parsed):
-    text = "max_steps: 9\nlanguage: en\nclass_names: [a]\nreport_to: [tensorboard, none]\nlearning_rate: 1"
+    text = LABELS + "max_steps: 9\nlanguage: en\nclass_names: [a]\nreport_to: [tensorboard, none]\nlearning_rate: 1"
     values = parsed(text, "--num_train_epochs", "2", "--language", "null", "--class_names", "null", "--learning_rate", "null")  # fmt: skip
     assert (values["max_steps"], values["num_train_epochs"], values["learning_rate"]) == (-1, 2, 0.003)
     assert values["language"] is values["class_names"] is None
@@ -155,6 +160,11 @@ def test_defaults_are_those_that_were_measured_and_the_recipe_wins(parsed):
         ({"max_steps": [1, 2]}, [], "max_steps.*list"),
         ({"max_steps": {"a": 1}}, [], "max_steps.*got the dict"),
         ({"class_names": [[1]]}, [], "class_names: expected one list of texts"),
+        ({"task": "chatt"}, [], "task: unknown task 'chatt'; did you mean 'chat'?"),
+        ({"class_names": "a"}, [], r"recipe.yaml: class_names is a key of task sequence-classification and "
+         "label-likelihood; the task here is causal-lm"),
+        ({"control_file": "a.txt", "task": "chat"}, [], "control_file is a key of task causal-lm; the task here is chat"),
+        ({}, ["--language_pairs", "en-de"], "command line: language_pairs is a key of task translation; the task here"),
         ({"packing": "maybe"}, [], "packing: must be true or false, got 'maybe'"),
         ({"eval_strategy": "maybe"}, [], "eval_strategy: must be one of no, steps, epoch, got 'maybe'"),
         ({}, ["--seed", "x"], "command line: seed.*x"),
@@ -172,6 +182,53 @@ def test_mistakes_are_named_in_one_line(recipe, changes, overrides, message):
     with pytest.raises(InputError, match=message) as error:
         parse_recipe(recipe(**changes), overrides)
     assert "\n" not in str(error.value)
+
+
+def test_each_task_gets_its_own_keys_and_those_that_all_share(recipe):
+    shared = set(DataArguments.__dataclass_fields__)
+    seen = set(shared)
+    for group in own_keys():
+        own = {field.name for field in fields_of(group)}
+        assert not own & seen, "a key of two tasks stands in DataArguments, or in one dataclass of theirs"
+        seen |= own
+    for task in TASKS:
+        data = parse_recipe(recipe(task=task), [])[1]
+        assert type(data) is arguments_class(task) and data.task == task and vars(data).keys() >= shared
+    assert not hasattr(parse_recipe(recipe(), [])[1], "class_names")
+    data = parse_recipe(recipe(task="sequence-classification", class_names=["a", "b"]), [])[1]
+    assert data.class_names == ["a", "b"]
+    changed = ["--task", "causal-lm", "--class_names", "null"]
+    assert parse_recipe(recipe(task="label-likelihood", class_names=["a"]), changed)[1].task == "causal-lm"
+
+
+def test_keys_that_were_renamed_are_read_under_both_names(recipe, monkeypatch, caplog):
+    monkeypatch.setitem(RENAMED, "context_size", ("block_size", "0.4.0"))
+    monkeypatch.setitem(RENAMED, "pack", ("packing", "0.4.0"))
+    path = recipe(context_size=32)
+    with pytest.raises(InputError, match=r"recipe.yaml: context_size is the old name of block_size.*leave out"):
+        parse_recipe(path, [])  # the small recipe has a block_size
+    keys = {key: value for key, value in yaml.safe_load(Path(path).read_text()).items() if key != "block_size"}
+    Path(path).write_text(yaml.safe_dump(keys))
+    caplog.clear()
+    found = parse_recipe(path, ["--no_pack"])
+    assert (found[1].block_size, found[1].packing) == (32, False)
+    assert [record.message for record in caplog.records] == [
+        f"{path}: context_size is called block_size now; hf-lm 0.4.0 no longer reads the old name.",
+        "command line: pack is called packing now; hf-lm 0.4.0 no longer reads the old name.",
+    ]
+    assert "block_size" in recipe_of(*found) and "context_size" not in recipe_of(*found)
+    assert parse_recipe(path, ["--context-size", "16"])[1].block_size == 16
+    assert parse_recipe(path, ["--block_size", "16"])[1].block_size == 16
+    for words in (["--block_size", "1", "--context_size", "1"], ["--context_size=1", "--block_size=1"]):
+        with pytest.raises(InputError, match="command line: context_size is the old name of block_size"):
+            parse_recipe(path, words)
+    with pytest.raises(InputError, match="'context_size=3' belongs to no key; write --context_size 3"):
+        parse_recipe(path, ["context_size=3"])
+
+
+def test_every_name_that_a_key_once_had_leads_to_a_key():
+    keys = recipe_keys()
+    assert all(new in keys and old not in keys for old, (new, _) in RENAMED.items())
 
 
 def test_paths_are_read_as_a_shell_reads_them(recipe, tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ from hf_lm.errors import InputError
 from hf_lm.interop.adapters import merge_adapter
 from hf_lm.tasks import task_class
 from hf_lm.tasks.chat import mark_assistant, use_chat_template
+from hf_lm.tasks.recipe import parse_recipe
 from hf_lm.tokenization import train_tokenizer
-from hf_lm.training.arguments import parse_recipe
 
 PAIRS = [("Who are you?", "Call me Ishmael."), ("What is the sea?", "A hill of water."), ("And the whale?", "White.")]
 

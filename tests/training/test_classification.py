@@ -18,7 +18,7 @@ from hf_lm.app.run import train
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.tasks import task_class
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
 
 TASKS = ("sequence-classification", "label-likelihood")
 

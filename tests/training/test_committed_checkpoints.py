@@ -15,7 +15,8 @@ from hf_lm import HfLmForCausalLM
 from hf_lm.app.run import train
 from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
-from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
+from hf_lm.training.arguments import HfLmTrainingArguments
 from hf_lm.training.checkpoints import (
     UNCOMMITTED,
     checkpoint_to_resume,
@@ -108,6 +109,12 @@ def test_manifests_of_the_first_version_are_read(tmp_path):
     assert manifest.pop("version") == 2
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert damage(folder) is None and read_manifest(folder)["step"] == 1
+
+
+def test_a_manifest_has_the_keys_of_all_tasks(small_run):
+    """As those of 0.1.0, which are compared with what a run has now."""
+    kept = read_manifest(small_run[0] / "checkpoint-12")["arguments"]
+    assert (kept["class_balance"], kept["language_pairs"], kept["replay_percentage"]) == ("none", None, 0.0)
 
 
 def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):

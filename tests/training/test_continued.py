@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lm.app.run import train
 from hf_lm.errors import InputError
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
 
 POEMS = "春风得意马蹄疾，一日看尽长安花。\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n" * 40
 

@@ -13,7 +13,8 @@ from hf_lm.app.run import train
 from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
 from hf_lm.tasks import TASKS, task_class
-from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
+from hf_lm.training.arguments import HfLmTrainingArguments
 from hf_lm.training.metrics import greater_is_better, is_known
 from hf_lm.training.trainer import HfLmTrainer
 

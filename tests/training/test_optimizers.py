@@ -9,7 +9,8 @@ import torch
 from hf_lm import HfLmForCausalLM
 from hf_lm.errors import InputError
 from hf_lm.tasks import task_class
-from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
+from hf_lm.training.arguments import HfLmTrainingArguments
 from hf_lm.training.optimizers import MuonAdamW, choose_optimizer, orthogonalize, with_muon
 from hf_lm.training.trainer import HfLmTrainer
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from hf_lm.app.run import train
 from hf_lm.cli import main
 from hf_lm.errors import InputError
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
 
 
 def run(path: str, *overrides: str) -> dict:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_lm.app.run import Interrupted, train
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
 from hf_lm.training.callbacks import InterruptCallback
 from hf_lm.training.checkpoints import damage
 

@@ -21,8 +21,8 @@ from hf_lm.data.packing import IGNORED
 from hf_lm.errors import InputError
 from hf_lm.evaluation.translation import choose_pair, encode_sources, pairs_of, score_translations, translate
 from hf_lm.tasks import task_class
+from hf_lm.tasks.recipe import parse_recipe
 from hf_lm.tokenization import train_tokenizer
-from hf_lm.training.arguments import parse_recipe
 
 PAIRS = ["en-de", "de-en", "en-zh", "zh-en"]
 SHORT = [

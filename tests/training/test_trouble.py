@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from hf_lm.app.run import train
-from hf_lm.training.arguments import HfLmTrainingArguments, keep_best_by_default, parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
+from hf_lm.training.arguments import HfLmTrainingArguments, keep_best_by_default
 from hf_lm.training.callbacks import explosion, overfitting
 
 

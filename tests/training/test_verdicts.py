@@ -15,7 +15,8 @@ from hf_lm import HfLmForCausalLM
 from hf_lm.app.run import check_output_dir, train
 from hf_lm.data.collator import PackedCollator
 from hf_lm.errors import InputError
-from hf_lm.training.arguments import HfLmTrainingArguments, parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
+from hf_lm.training.arguments import HfLmTrainingArguments
 from hf_lm.training.checkpoints import decisive
 from hf_lm.training.trainer import HfLmTrainer
 from hf_lm.training.verdicts import VERDICTS
