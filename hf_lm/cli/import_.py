@@ -55,6 +55,8 @@ def show(report: dict, destination: str, as_json: bool) -> int:
     )
     if report["bits_per_byte"] is not None:
         print(f"bits per byte: {report['bits_per_byte']:.4f}, original {report['reference_bits_per_byte']:.4f}")
+    for note in report.get("notes", ()):
+        print(f"note: {note}")
     return 0
 
 

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
 from .. import modeling_hf_lm
 from ..errors import InputError, one_line
@@ -31,6 +32,7 @@ from ..modeling_hf_lm import HfLmPreTrainedModel
 from .families import FAMILIES, choose_family
 from .family import Family
 from .folders import check_sizes
+from .gguf_pre_tokenizers import named_pre_tokenizer
 from .heads import HEADS, head_of
 from .parity import compare, rounded
 from .reader import gguf_head_dim, source_config
@@ -112,7 +114,7 @@ def find_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         if kwargs:
-            return _only_tokens_in_file(tokenizer)
+            return _splits_as_named(_only_tokens_in_file(tokenizer), source, **kwargs)
         return tokenizer if _splits_as_in_file(tokenizer, source) else PreTrainedTokenizerFast.from_pretrained(source)
     except Exception as error:  # whatever a broken file makes the tokenizer's code do
         if not os.path.isdir(source) and isinstance(error, OSError):
@@ -179,6 +181,16 @@ def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
         model_max_length=tokenizer.model_max_length,
         **tokenizer.special_tokens_map,
     )
+
+
+def _splits_as_named(tokenizer: PreTrainedTokenizerBase, source: str, gguf_file: str) -> PreTrainedTokenizerBase:
+    """With the pre-tokenizer that a GGUF file names; of many names, transformers takes GPT-2's instead."""
+    from gguf import GGUFReader
+
+    name = GGUFReader(cached_file(source, gguf_file)).fields.get("tokenizer.ggml.pre")
+    if name is not None and (found := named_pre_tokenizer(name.contents())):
+        tokenizer.backend_tokenizer.pre_tokenizer = found
+    return tokenizer
 
 
 def _splits_as_in_file(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:

@@ -33,8 +33,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def checkpoint(tokenizer, tmp_path):
     """`checkpoint(family, **options)`: the folder of a tiny model, complete with tokenizer and chat template."""
 
-    def make(family: str = "llama", name: str = "source", **options) -> Path:
-        model = tiny_model(family, vocab_size=330, **options)
+    def make(family: str = "llama", name: str = "source", vocab_size: int = 330, **options) -> Path:
+        model = tiny_model(family, vocab_size=vocab_size, **options)
         model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, temperature=0.5, do_sample=True)
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)

@@ -14,7 +14,6 @@ from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.interop.gguf import export_gguf
 from hf_lm.interop.gguf_models import gguf_family
-from hf_lm.interop.gguf_tokenizers import pre_tokenizer_name
 from hf_lm.interop.parity import default_text
 
 # the options of each architecture that a GGUF file holds
@@ -117,11 +116,6 @@ def test_gguf_names_the_options_it_cannot_hold(options, message):
     llama = {"qk_norm": None, "mlp_type": "gated", "hidden_act": "silu"}
     with pytest.raises(InputError, match=message):
         gguf_family(HfLmConfig(**(llama | options)))
-
-
-def test_gguf_names_the_tokenizer_it_cannot_hold():
-    with pytest.raises(InputError, match="WordLevel with Whitespace"):
-        pre_tokenizer_name({"model": {"type": "WordLevel"}, "pre_tokenizer": {"type": "Whitespace"}})
 
 
 @pytest.mark.slow
