@@ -20,7 +20,7 @@ def uses_plain_backward() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed
 
 
-# Compiled, the cosines would be computed anew in the kernels of every layer: 5 of 130 ms a step on a GPU (recipes/LOG.md).
+# Compiled, the cosines would be computed anew in the kernels of every layer: 5 of 130 ms a step on a GPU (recipes/log/gpu.md).
 @torch.library.custom_op("hf_lm::cosines_and_sines", mutates_args=())
 def _cosines_and_sines(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return angles.cos(), angles.sin()

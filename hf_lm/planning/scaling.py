@@ -20,7 +20,7 @@ SHAPES = ((64, 4), (96, 5), (128, 6), (192, 6), (256, 8), (384, 8), (512, 10), (
 VOCABULARIES, BATCHES = (1024, 2048, 4096), (8, 16, 32)  # those of the sweep
 HEAD_DIM = 32
 # Moby-Dick read 12 times by the recipe's model: 2.37 bits per byte held out; with dropout of 0.1 1.92, of 0.2 1.93. Read 5
-# times: 1.94, with dropout of 0.1 1.95 (recipes/benchmarks/README.md).
+# times: 1.94, with dropout of 0.1 1.95 (recipes/benchmarks/time_to_quality.md).
 DROPOUT, MANY_EPOCHS = {"embedding_dropout": 0.1, "residual_dropout": 0.1}, 6
 
 

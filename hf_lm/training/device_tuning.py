@@ -14,7 +14,7 @@ from ..kernels.varlen import HAS_VARLEN
 from ..modeling_hf_lm import HfLmMLP
 
 # Bytes that a forward keeps for the backward. Of the MLPs: beyond, layers may compute what is cheap twice. Of attention's
-# probabilities: 17M parameters and 512 tokens stay below (recipes/LOG.md).
+# probabilities: 17M parameters and 512 tokens stay below (recipes/log/memory.md).
 KEPT_BY_MLPS, KEPT_BY_ATTENTION = 1e8, 2.5e8
 # What is cheap grows with width times layers, a step with parameters: by their ratio a step takes about 2% longer at 0.9e-4
 # (17M parameters, vocabulary 49k), 6% at 1.3e-4 (135M, 49k), 10% at 1.8e-4 (17M, 8k; float32).

@@ -1,27 +1,17 @@
 """
-Whether each default of a new model pays: the Moby-Dick recipe, and the recipe with one choice undone.
+Does each default of a new model pay? See defaults.md.
 
-    python recipes/benchmarks/defaults.py [--seeds 3] [--steps 400] [--choices NAME ...] [--jobs 2] [--json]
-
-Held-out bits per byte after the same number of steps; each choice against the recipe with the same seeds, in pairs, with
-the p of a two-sided paired t-test. What is measured depends on the steps, not on the clock: runs take one thread each and
-may share the machine. Finished runs are appended to `defaults_runs.jsonl` and not repeated. What a step costs is not in it.
+The Moby-Dick recipe, and the recipe with one choice undone: held-out bits per byte after the same number of steps,
+with the same seeds, in pairs; p of a two-sided paired t-test. What is measured depends on the steps, not on the clock:
+runs take one thread each and may share the machine. Finished runs are recorded at once and not repeated.
 """
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
+import harness
 
 RECIPE = Path(__file__).parents[1] / "moby_dick" / "config.yaml"
-RUNS = Path(__file__).with_name("defaults_runs.jsonl")
 CHOICES = {  # the keys of the recipe, or fields of its configuration, that are other; None: left out
     "recipe": {},
     "SwiGLU instead of squared ReLU": {"config_overrides": {"mlp_type": "gated", "hidden_act": "silu"}},
@@ -42,73 +32,69 @@ CHOICES = {  # the keys of the recipe, or fields of its configuration, that are 
 }
 
 
-def recipe(choice: str) -> dict:
-    """The recipe's keys with a choice undone, and without what takes time on the way."""
-    keys, changes = yaml.safe_load(RECIPE.read_text(encoding="utf-8")), dict(CHOICES[choice])
-    keys["config_overrides"] |= changes.pop("config_overrides", {})
-    keys |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "forecast": False, **changes}
-    return {name: value for name, value in keys.items() if value is not None}
+def measure(side: str, choice: str, steps: int, seed: int) -> dict[str, float]:
+    """Bits per byte of the recipe with a choice undone."""
+    import yaml
+
+    fields = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["config_overrides"]
+    changes = dict(CHOICES[choice])
+    keys = {"config_overrides": fields | changes.pop("config_overrides", {}), "max_steps": steps, "seed": seed}
+    keys |= {"eval_strategy": "no", "forecast": False, **changes}
+    return {"bits_per_byte": harness.train_recipe(RECIPE, keys)["bits_per_byte"]}
 
 
-def train(choice: str, steps: int, seed: int) -> dict:
-    """One run of the recipe with one thread; its bits per byte."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, output = Path(folder, "recipe.yaml"), Path(folder, "run")
-        keys = {"max_steps": steps, "seed": seed, "output_dir": str(output)}
-        file.write_text(yaml.safe_dump(recipe(choice) | keys), encoding="utf-8")
-        command = [sys.executable, "-m", "hf_lm", "train", str(file)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=RECIPE.parents[2], capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    return {"choice": choice, "steps": steps, "seed": seed, "bits_per_byte": metrics["bits_per_byte"]}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each (3)")
-    parser.add_argument("--steps", type=int, default=400, help="of each run (400)")
-    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=CHOICES, metavar="NAME", help="which (all)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once (2)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args()
+def summarize(records: list[dict]) -> list[dict]:
+    """One row per choice: mean bits per byte, difference to the recipe with the same seeds, and its p."""
     from scipy.stats import ttest_rel
 
-    lines = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()] if RUNS.exists() else []
+    def by_seed(recipe: str, steps: int, choice: str) -> dict:
+        wanted = (recipe, steps, choice)
+        return {
+            record["seed"]: record["numbers"]["bits_per_byte"]
+            for record in records
+            if (record["case"].get("state"), record["case"]["steps"], record["case"]["choice"]) == wanted
+        }
 
-    def run(job: tuple[str, int]) -> dict:
-        wanted = {"choice": job[0], "steps": arguments.steps, "seed": job[1]}
-        for line in lines:
-            if wanted.items() <= line.items():
-                return line
-        line = train(job[0], arguments.steps, job[1])
-        with open(RUNS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        return line
+    rows = {}
+    for record in records:
+        case = record["case"]
+        key = (case.get("state"), case["steps"], case["choice"])
+        if key in rows:
+            continue
+        runs, baseline = by_seed(*key), by_seed(*key[:2], "recipe")
+        shared = sorted(set(runs) & set(baseline))
+        row = {"bits_per_byte": statistics.mean(runs.values()), "seeds": len(runs)}
+        if case["choice"] != "recipe" and shared:
+            pairs = [(runs[seed], baseline[seed]) for seed in shared]
+            row["worse_by"] = statistics.mean(own - other for own, other in pairs)
+            if len(pairs) > 1:
+                row["p"] = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+        rows[key] = {**record, "numbers": row}
+    return list(rows.values())
 
-    seeds, choices = range(1, arguments.seeds + 1), dict.fromkeys(["recipe", *arguments.choices])
-    jobs = [(choice, seed) for seed in seeds for choice in choices]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
 
-    def column(choice: str) -> list[float]:
-        return [runs[choice, seed]["bits_per_byte"] for seed in seeds]
+def build_parser():
+    parser = harness.build_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=400, help="of each run (400)")
+    parser.add_argument(
+        "--choices", nargs="+", choices=CHOICES, default=[*CHOICES], metavar="NAME", help="which (all)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (2)")
+    return parser
 
-    own, result = column("recipe"), {}
-    for choice in choices:
-        got = column(choice)
-        row = {"bits_per_byte": statistics.mean(got)}
-        if choice != "recipe" and len(seeds) > 1:
-            row |= {"worse_by": statistics.mean(got) - statistics.mean(own), "p": float(ttest_rel(got, own).pvalue)}
-        result[choice] = row
-    if arguments.json:
-        print(json.dumps({"result": result, "runs": list(runs.values())}))
-    else:
-        for choice, row in result.items():
-            print(f"{choice:50}" + "".join(f"  {name} {value:+.3f}" for name, value in row.items()))
+
+def compare(bench: harness.Bench) -> int:
+    options = bench.arguments
+    choices = dict.fromkeys(["recipe", *options.choices])
+    cases = [
+        {"choice": choice, "steps": options.steps, "seed": seed}
+        for seed in range(1, options.rounds + 1)
+        for choice in choices
+    ]
+    for row in summarize(bench.run_all(cases, side=lambda case: "hf_lm", jobs=options.jobs, threads=1, recipe=RECIPE)):
+        print(f"{row['case']['choice']:50}" + "".join(f"  {k} {v:+.3f}" for k, v in row["numbers"].items()))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.main(build_parser(), measure, compare))

@@ -1,33 +1,29 @@
 """
-Held-out bits per byte as a function of model size and training, for `hf-lm plan CONFIG.yaml --budget`:
+Which bits per byte do a model's size and its training lead to? See scaling.md.
 
-    python recipes/benchmarks/scaling.py sweep            # trains the grid below; several at once share the work
-    python recipes/benchmarks/scaling.py fit              # the law's constants, for hf_lm/planning/scaling.py
-    python recipes/benchmarks/scaling.py check 60 120 300 # trains what the plan says for so many seconds
+    sweep    train the grid below
+    fit      print the constants of the law in hf_lm/planning/scaling.py, which `hf-lm plan CONFIG.yaml --budget` uses
+    check    train what the plan chooses for some budgets
 
-The sweep is that of `recipes/addresses` with other sizes and steps, each run to the end of its own learning-rate schedule;
-results are appended to `scaling_runs.jsonl`. It counts tokens, not time: it may run beside other work. `check` needs the
-machine for itself.
+The sweep is that of `recipes/addresses` with other sizes and steps, each run to the end of its own learning-rate
+schedule. It counts tokens, not time: it may run beside other work. `check` needs the machine for itself.
 """
 
-import argparse
 import json
 import math
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import yaml
+import harness
 
 RECIPE = Path(__file__).parents[1] / "addresses" / "config.yaml"
-RUNS = Path(__file__).with_name("scaling_runs.jsonl")
 BLOCK = 128
 # What a size can reach at best does not depend on how it is trained: from 28 runs of the recipe as it was before
 # 2026-11-26, of up to 6.3 million parameters. Runs as few and as small as those below do not tell.
 FLOOR, ALPHA, DELTA = 0.6756, 0.3959, 0.1847
-GRID = [  # hidden size, layers, vocabulary, sequences of a batch, tokens
+POINT = ("hidden_size", "layers", "vocabulary", "batch", "tokens")
+GRID = [  # in the order of POINT
     (128, 6, 4096, 32, 2_834_432),  # the recipe itself
     *((size, layers, 2048, 8, 200_000) for size, layers in ((64, 4), (128, 6), (192, 6))),
     *((128, 6, vocabulary, 8, 200_000) for vocabulary in (1024, 4096)),
@@ -38,44 +34,42 @@ GRID = [  # hidden size, layers, vocabulary, sequences of a batch, tokens
 ]  # fmt: skip
 
 
-def train(overrides: list[str]) -> dict:
-    """The metrics of a run of the recipe."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "hf_lm", "train", str(RECIPE), "--output_dir", f"{folder}/run", *overrides]
-        command += ["--save_strategy", "no", "--report_to", "none"]
-        subprocess.run(command, check=True, cwd=RECIPE.parents[2])
-        return json.loads(Path(folder, "run", "metrics.json").read_text(encoding="utf-8"))
+def measure(side: str, **case) -> dict[str, float]:
+    """Train one point of the grid (`sweep`), or what the plan chooses for a budget (`check`)."""
+    if side == "check":
+        return check_budget(case["budget"])
+    import yaml
 
-
-def keys(size: int, layers: int, vocabulary: int, batch: int, tokens: int) -> list[str]:
-    """One point of the grid as overrides of the recipe."""
     from hf_lm.planning.scaling import as_overrides
 
     fields = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["config_overrides"]
-    return [
-        "--config_overrides", as_overrides(fields, size, layers), "--vocab_size", str(vocabulary),
-        "--per_device_train_batch_size", str(batch), "--max_steps", str(round(tokens / (batch * BLOCK))),
-    ]  # fmt: skip
+    keys = {
+        "config_overrides": as_overrides(fields, case["hidden_size"], case["layers"]),
+        "vocab_size": case["vocabulary"],
+        "per_device_train_batch_size": case["batch"],
+        "max_steps": round(case["tokens"] / (case["batch"] * BLOCK)),
+        "forecast": False,
+        "eval_strategy": "no",
+    }
+    metrics = harness.train_recipe(RECIPE, keys)
+    return {name: metrics[name] for name in ("parameters", "train_tokens", "bits_per_byte")}
 
 
-def sweep() -> None:
-    """Train every point that has no result; a file marks those that another process has taken."""
-    taken = Path(tempfile.gettempdir(), "hf_lm_scaling")
-    taken.mkdir(exist_ok=True)
-    for point in GRID:
-        done = (
-            [json.loads(line)["point"] for line in RUNS.read_text(encoding="utf-8").splitlines()]
-            if RUNS.exists()
-            else []
-        )
-        mark = taken / "-".join(map(str, point))
-        if list(point) in done or mark.exists():
-            continue
-        mark.touch()
-        metrics = train([*keys(*point), "--forecast", "false", "--eval_strategy", "no"])
-        result = {"point": point, **{name: metrics[name] for name in ("parameters", "train_tokens", "bits_per_byte")}}
-        with open(RUNS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+def check_budget(budget: float) -> dict[str, float]:
+    """Ask the plan, train what it chooses."""
+    command = [sys.executable, "-m", "hf_lm", "plan", str(RECIPE), "--budget", f"{budget:g}s", "--json"]
+    done = subprocess.run(command, check=True, cwd=harness.REPOSITORY, capture_output=True, text=True)
+    choice = json.loads(done.stdout)
+    metrics = harness.train_recipe(RECIPE, {}, choice["overrides"])
+    predicted, measured = choice["best"].pop("bits_per_byte"), metrics["bits_per_byte"]
+    return {
+        **choice["best"],
+        "predicted": predicted,
+        "measured": measured,
+        "error": predicted / measured - 1,
+        "off": abs(predicted / measured - 1),
+        "trained_seconds": metrics["actual"]["trained_seconds"],
+    }
 
 
 def fit() -> None:
@@ -84,15 +78,16 @@ def fit() -> None:
 
     from hf_lm.planning.scaling import START, Law, matrices
 
+    records = harness.read_records(sorted(harness.RECORDS.glob("scaling.*.jsonl")))
+    records = [record for record in records if {*POINT} == {*record["case"]}]
     text = sum(len(row["text"].encode()) for row in documents()["train"])
-    runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
     per_token = {vocabulary: text / count for vocabulary, count in tokens_of_text().items()}
     rows = [
-        (matrices(size, layers), vocabulary, batch * BLOCK, run["train_tokens"] * per_token[vocabulary])
-        for run in runs
-        for size, layers, vocabulary, batch, _ in [run["point"]]
+        (matrices(size, layers), words, batch * BLOCK, record["numbers"]["train_tokens"] * per_token[words])
+        for record in records
+        for size, layers, words, batch, _ in [[record["case"][name] for name in POINT]]
     ]
-    got = torch.tensor([run["bits_per_byte"] for run in runs], dtype=torch.double)
+    got = torch.tensor([record["numbers"]["bits_per_byte"] for record in records], dtype=torch.double)
     size, vocab, batch, read = torch.tensor(rows, dtype=torch.double).log().T
     best = None
     for beta in (0.1, 0.17, 0.3):
@@ -117,13 +112,11 @@ def fit() -> None:
             optimizer.step(closure)
             loss = closure().item()
             if best is None or loss < best[0]:
-                best = loss, logs.detach().exp().tolist(), (predicted() / got - 1).detach()
+                best = loss, logs.detach().exp().tolist(), (predicted() / got - 1).detach().abs()
     _, values, errors = best
     size, *data = (float(f"{value:.4g}") for value in values)
     print(Law(FLOOR, size, ALPHA, DELTA, *data))
-    print(
-        f"{len(runs)} runs; off by {100 * errors.abs().mean():.2f}% on average, {100 * errors.abs().max():.2f}% at most"
-    )
+    print(f"{len(records)} runs; off by {errors.mean():.2%} on average, {errors.max():.2%} at most")
 
 
 def documents() -> dict:
@@ -135,7 +128,7 @@ def documents() -> dict:
 
 
 def tokens_of_text() -> dict[int, int]:
-    """With each vocabulary of the grid: the number of tokens of the training text."""
+    """The number of tokens of the training text, for each vocabulary of the grid."""
     from hf_lm.tokenization import train_tokenizer
 
     texts = [row["text"] for row in documents()["train"]]
@@ -146,32 +139,31 @@ def tokens_of_text() -> dict[int, int]:
     return counts
 
 
-def check(budgets: list[float]) -> None:
-    """Ask the plan, train what it says."""
-    for seconds in budgets:
-        command = [sys.executable, "-m", "hf_lm", "plan", str(RECIPE), "--budget", f"{seconds:g}s", "--json"]
-        done = subprocess.run(command, check=True, cwd=RECIPE.parents[2], capture_output=True, text=True)
-        choice = json.loads(done.stdout)
-        metrics = train([*choice["overrides"]])
-        said, got = choice["best"]["bits_per_byte"], metrics["bits_per_byte"]
-        took = metrics["actual"]["trained_seconds"]
-        result = {"budget": seconds, **choice["best"], "actual_seconds": took, "actual_bits_per_byte": got}
-        result["error"] = said / got - 1
-        print(json.dumps(result), flush=True)
+def build_parser():
+    parser = harness.build_parser(__doc__)
+    parser.add_argument("what", choices=("sweep", "fit", "check"), help="see above")
+    parser.add_argument("seconds", type=float, nargs="*", default=[60, 120, 300], help="budgets to check (60 120 300)")
+    parser.add_argument("--points", type=int, default=len(GRID), help="of the grid, the smallest first (all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of the sweep at once, with a thread each (1)")
+    return parser
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("sweep", "fit", "check"))
-    parser.add_argument("seconds", type=float, nargs="*", help="budgets to check")
-    arguments = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if arguments.what == "check":
-        check(arguments.seconds or [60, 120, 300])
+def compare(bench: harness.Bench) -> int:
+    options = bench.arguments
+    if options.what == "fit":
+        fit()
+        return 0
+    if options.what == "sweep":
+        points = sorted(GRID, key=lambda point: (point[4], point[0]))[: options.points]
+        cases = [dict(zip(POINT, point, strict=True)) for point in points]
     else:
-        {"sweep": sweep, "fit": fit}[arguments.what]()
+        cases = [{"budget": seconds} for seconds in options.seconds]
+    threads = 1 if options.jobs > 1 else 0
+    jobs = options.jobs if options.what == "sweep" else 1
+    for record in bench.run_all(cases, side=lambda case: options.what, jobs=jobs, threads=threads, recipe=RECIPE):
+        print(record["case"], record["numbers"])
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.main(build_parser(), measure, compare))

@@ -303,7 +303,7 @@ WIDE = [
     ids=["book", "wide", "translation"],
 )
 def test_a_run_says_what_it_would_take_and_what_it_took(repository, tmp_path, words):
-    """How far the two are apart is measured in recipes/benchmarks/README.md, on a machine without neighbours."""
+    """How far the two are apart is measured in recipes/benchmarks/forecasts.md, on a machine without neighbours."""
     command = [sys.executable, "-m", "hf_lm", "train", *words, "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True, timeout=900)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
