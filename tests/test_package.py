@@ -68,6 +68,17 @@ def test_hub_files_need_only_torch_transformers_and_siblings(name: str):
                 assert imported.split(".")[0] in {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"}
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "tasks").glob("*.py")), ids=lambda path: path.name)
+def test_tasks_hold_the_recipe_and_hand_on_everything_else(path: Path):
+    """No method of a task leaves an attribute for another one."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef) and function.name not in ("__init__", "__post_init__"):
+            stored = {
+                ast.unparse(node) for node in ast.walk(function) if isinstance(getattr(node, "ctx", None), ast.Store)
+            }
+            assert not {name for name in stored if name.startswith("self.")}, f"{path.name}: {function.name}"
+
+
 def test_text_files_name_their_encoding():
     """Without one, Windows and some locales read and write another than UTF-8."""
     for path in [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("recipes/**/*.py")]:

@@ -61,11 +61,14 @@ def git_revision() -> str | None:
         return None
 
 
-def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: float) -> dict:
+def describe(
+    trainer: HfLmTrainer, model_arguments, data_arguments, language: str | list[str] | None, seconds: float
+) -> dict:
     """
     What was run, on what, with what: everything in metrics.json that is not a score.
 
     Args:
+        language: of the text.
         seconds: wall-clock time of the whole run, data and evaluation included.
     """
     digest, stated = data_sha256(data_arguments), data_arguments.data_sha256
@@ -92,7 +95,7 @@ def describe(trainer: HfLmTrainer, model_arguments, data_arguments, seconds: flo
         "processes": arguments.world_size,
         "hardware": describe_hardware(arguments.device),
         "license": model_arguments.license,
-        "language": model_arguments.language if is_stated else None,
+        "language": language if is_stated else None,
         "git_revision": git_revision(),
         "data": {
             "train_file": ", ".join(data_arguments.train_file or []) or None,

@@ -16,7 +16,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from ..data.arguments import DataArguments
 from ..data.documents import describe_split
-from ..data.examples import show_example
 from ..errors import CRASH_FILE, InputError, keep_traceback
 from ..hardware import hand_back_memory, keep_freed_memory, peak_memory
 from ..hub.push import PushCallback
@@ -24,6 +23,7 @@ from ..planning.forecast import forecast, in_words
 from ..records import VERSION, read_metrics
 from ..reports.report import measure_quality
 from ..tasks import fields_of, own_keys, task_class
+from ..tasks.base import Task
 from ..training.arguments import HfLmTrainingArguments
 from ..training.callbacks import HfLmProgressCallback, InterruptCallback, SampleCallback, TroubleCallback
 from ..training.checkpoints import STOPPER_COUNT, checkpoint_to_resume
@@ -92,14 +92,10 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     return checkpoint
 
 
-def show_examples(trainer: HfLmTrainer, count: int) -> None:
+def show_examples(task: Task, trainer: HfLmTrainer, count: int) -> None:
     """Print the first training examples as the model sees them; what it does not learn to predict is dimmed."""
     for row in itertools.islice(trainer.train_dataset, count):
-        if "position_ids" in row:
-            print(show_example(row, trainer.processing_class, color=sys.stdout.isatty()) + "\n")
-        else:
-            label = trainer.model.config.id2label[row["labels"]]
-            print(f"{trainer.processing_class.decode(row['input_ids'])} -> {label}\n")
+        print(task.show(trainer, row, color=sys.stdout.isatty()) + "\n")
 
 
 def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
@@ -175,16 +171,18 @@ def train(
         keep_freed_memory()
     recipe = recipe_of(model_arguments, data_arguments, training_arguments)
     task = task_class(data_arguments.task)(model_arguments, data_arguments, training_arguments)
-    trainer = task.build_trainer(checkpoint)
+    data = task.prepare(checkpoint)
+    trainer = task.build_trainer(data)
+    before = task.scores_before(trainer, data)
     hand_back_memory()
     predicted = None
     if training_arguments.forecast and training_arguments.world_size == 1 and checkpoint is None:
         predicted = forecast(trainer, time.perf_counter() - start)
         print(f"Predicted: {in_words(predicted)} until it is trained", file=sys.stderr)
     if trainer.is_world_process_zero():  # from here on nothing in the recipe can be wrong
-        if split := describe_split(task.rows):
+        if split := describe_split(data.rows):
             print(split, file=sys.stderr)
-        show_examples(trainer, data_arguments.show_examples)
+        show_examples(task, trainer, data_arguments.show_examples)
         if training_arguments.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,12 +202,13 @@ def train(
     metrics = {
         "version": VERSION,
         "task": data_arguments.task,
-        **task.scores(trainer),
+        **task.scores(trainer, data, before),
         "train_loss": losses[-1] if losses else None,
     }
     metrics |= {"predicted": predicted, "actual": actual}
     metrics["quality"] = measure_quality(trainer)
-    metrics |= describe(trainer, model_arguments, data_arguments, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    metrics |= describe(trainer, model_arguments, data_arguments, task.text_language(), seconds)
     if trainer.had_finished:
         metrics |= costs_before
     metrics["summary"] = task.summary(metrics)

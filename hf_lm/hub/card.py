@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..files import read_json, write_text
 from ..hardware import assumed_watts
 from ..records import read_metrics
-from ..tasks import result_names
+from ..tasks import result_names, usage
 
 NOT_MEASURED = {"en": "not measured", "zh": "未测量"}
 NOT_RECORDED = {"en": "not recorded", "zh": "未记录"}
@@ -51,12 +51,6 @@ USAGE = {
         "inputs = tokenizer.apply_chat_template("
         'messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)\n'
         "output = model.generate(**inputs, max_new_tokens=40)\n"
-        'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ),
-    "translation": (
-        "AutoModelForCausalLM",
-        'inputs = tokenizer("Open the file.<|en-de|>", return_tensors="pt", return_token_type_ids=False)\n'
-        "output = model.generate(**inputs)\n"
         'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ),
     "text-classification": (
@@ -331,14 +325,14 @@ def build_card(
     metadata = build_metadata(artifacts, name, license, text_language)
     parameters = counts.get("parameters", metrics.get("parameters"))
     chat = metadata.pipeline_tag == "text-generation" and (folder / "chat_template.jinja").exists()
-    pair = next((key.split("/")[1] for key in metrics if key.startswith("chrf/")), None)
-    usage = "chat" if chat else "translation" if pair else metadata.pipeline_tag or "feature-extraction"
-    auto_class, lines = USAGE[usage]
-    lines = lines.replace("en-de", pair or "en-de")
+    pipeline = "chat" if chat else metadata.pipeline_tag or "feature-extraction"
+    auto_class, lines = USAGE[pipeline]
+    if not chat:
+        lines = usage(metrics.get("task"), metrics) or lines
     labels = (
         metrics.get("labels") if (folder / "adapter_config.json").exists() else None
     )  # the base model's are others
-    head = f", id2label={dict(enumerate(labels))}" if labels and usage == "text-classification" else ""
+    head = f", id2label={dict(enumerate(labels))}" if labels and pipeline == "text-classification" else ""
     remote_code = "auto_map" in artifacts["config"]
     # The tokenizer is none of ours, but the library asks before it looks at the config.
     trust = ", trust_remote_code=True" if remote_code else ""

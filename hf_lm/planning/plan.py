@@ -24,6 +24,7 @@ from ..hardware import DEVICES, assumed_watts, describe_hardware, has_fast_bfloa
 from ..interop.adapters import add_adapter
 from ..kernels.loss import slice_shape
 from ..tasks import task_class
+from ..tasks.base import PreparedData, Task
 from ..training.device_tuning import is_dear
 from ..training.optimizers import newton_schulz_flops
 from .forecast import forecast
@@ -238,18 +239,18 @@ def largest_model(model: nn.Module, parts: dict[str, float], memory: float, accu
     return int(parameters(low))
 
 
-def sketch(task, tokenizer) -> nn.Module:
+def sketch(task: Task, data: PreparedData) -> nn.Module:
     """The model that a task trains, of fake tensors."""
     name, attention = task.model_arguments.model_name_or_path, task.model_arguments.attn_implementation
     adapted = task.model_arguments.use_peft  # PEFT moves what it adds, which fake tensors refuse: first on "meta"
     with torch.device("meta") if adapted else FakeTensorMode():
         if name is None:
-            model = task.build_model(tokenizer)
+            model = task.build_model(data)
         else:
             kind, options = getattr(task.auto_class, "config_class", AutoConfig), {"attn_implementation": attention}
             config = kind.from_pretrained(name, **options if attention else {})
-            fields = task.config_fields(tokenizer) | task.model_arguments.config_fields()
-            for field, value in {**fields, "vocab_size": max(len(tokenizer), config.vocab_size)}.items():
+            fields = task.config_fields(data) | task.model_arguments.config_fields()
+            for field, value in {**fields, "vocab_size": max(len(data.tokenizer), config.vocab_size)}.items():
                 setattr(config, field, value)
             model = getattr(task.auto_class, "from_config", task.auto_class)(config)
         if adapted:
@@ -261,15 +262,15 @@ def sketch(task, tokenizer) -> nn.Module:
     return model
 
 
-def count_tokens(rows, task, tokenizer, sample: int = 1_000_000) -> float:
-    """Tokens of some rows, from the UTF-8 bytes of all and the bytes per token of the first million characters."""
-    if isinstance(rows, IterableDataset):
+def count_tokens(task: Task, data: PreparedData, sample: int = 1_000_000) -> float:
+    """Tokens of the training rows, from the bytes of all and the bytes per token of the first million characters."""
+    if isinstance(data.rows["train"], IterableDataset):
         raise InputError("max_steps: name it; a stream's length is not known.")
     text, size = "", 0
-    for part in task.texts(rows):
+    for part in task.texts(data.rows["train"]):
         size += len(part.encode())
         text += part[: max(sample - len(text), 0)]
-    return size * len(tokenizer(text, add_special_tokens=False)["input_ids"]) / max(len(text.encode()), 1)
+    return size * len(data.tokenizer(text, add_special_tokens=False)["input_ids"]) / max(len(text.encode()), 1)
 
 
 def plan(
@@ -303,19 +304,21 @@ def plan(
     if hardware == "this":
         with tempfile.TemporaryDirectory() as folder:
             arguments.output_dir = folder
-            trainer = task.build_trainer(None)
+            data = task.prepare()
+            trainer = task.build_trainer(data)
+            task.scores_before(trainer, data)  # its time counts
             measured = forecast(trainer, time.perf_counter() - start, seconds=5.0)
-        device, tokenizer = arguments.device.type, trainer.processing_class
+        device = arguments.device.type
         steps, step_tokens = measured["costs"]["steps"], measured["costs"]["tokens"]
         memory, peak, watts = memory_of(arguments.device), None, assumed_watts(describe_hardware(arguments.device))
     else:
-        other, device, rows = DEVICES[hardware], "cuda", task.load()
+        other, device = DEVICES[hardware], "cuda"
         memory, peak, watts = other.memory, other.peak_flops, other.watts
         arguments.bf16, model_arguments.attn_implementation = True, model_arguments.attn_implementation or "sdpa"
-        tokenizer = task.build_tokenizer(rows["train"])
+        data = task.read()
         if steps <= 0:
-            steps = math.ceil(arguments.num_train_epochs * count_tokens(rows["train"], task, tokenizer) / step_tokens)
-    model = sketch(task, tokenizer)
+            steps = math.ceil(arguments.num_train_epochs * count_tokens(task, data) / step_tokens)
+    model = sketch(task, data)
     if device == "cpu":
         task.fit_to_cpu(model)
     parts, tokens = parameters_by_part(model), steps * step_tokens

@@ -100,13 +100,13 @@ class _Candidates:
         model_arguments.vocab_size, arguments.per_device_train_batch_size = vocabulary, batch
         model_arguments.config_overrides = as_overrides(self.fields, width, layers)
         task = task_class(data_arguments.task)(*self.parts)
-        if vocabulary in self.prepared:
-            task.build_tokenizer = lambda rows: self.prepared[vocabulary][0]
-        trainer = task.build_trainer(None)
+        tokenizer, _ = self.prepared.get(vocabulary, (None, 0.0))
+        data = task.prepare(tokenizer=tokenizer)
+        trainer = task.build_trainer(data)
         if isinstance(trainer.train_dataset, IterableDataset):
             raise InputError("--budget: needs data of known length, not a stream.")
         if not self.prepared:
-            self.text = sum(len(text.encode()) for text in task.texts(task.rows["train"]))
+            self.text = sum(len(text.encode()) for text in task.texts(data.rows["train"]))
         self.prepared.setdefault(vocabulary, (trainer.processing_class, time.perf_counter() - start))
         return trainer
 

@@ -50,6 +50,12 @@ def charts(task: str | None) -> dict[str, dict[str, str]]:
     return {title: lines for one in classes for title, lines in one.charts.items()}
 
 
+def usage(task: str | None, metrics: dict) -> str | None:
+    """Lines of code that use a model of a task, for its card; None where those of its pipeline do."""
+    classes = map(task_class, [task] if task in TASKS else TASKS)
+    return next(filter(None, (one.usage(metrics) for one in classes)), None)
+
+
 def task_class(name: str) -> type:
     """
     The class of a task.

@@ -1,16 +1,25 @@
 """What all tasks share: a tokenizer, blocks, a model, a trainer; named, or new."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import EvalPrediction
 
 from ..configuration_hf_lm import HfLmConfig
 from ..data.arguments import DataArguments
 from ..data.collator import PackedCollator
 from ..data.documents import load_rows
+from ..data.examples import show_example
 from ..errors import InputError, explained, one_line
 from ..interop.adapters import add_adapter
 from ..interop.convert import readable
@@ -43,15 +52,34 @@ def add_embeddings(model: torch.nn.Module, count: int, stands_for: list[list[int
             layer.weight[old + number] = layer.weight[parts].mean(dim=0)
 
 
+@dataclass(frozen=True)
+class PreparedData:
+    """
+    What a task has made of its data, handed on to the model, the trainer and the scores.
+
+    Attributes:
+        rows: of each split, as `Task.load` gives them.
+        tokenizer: the named one, the checkpoint's, or a new one.
+        stands_for: for each token that the tokenizer was extended by, the old ones it replaces.
+        encoded: rows of tokens for the collator, of each split that is trained on or evaluated.
+    """
+
+    rows: dict[str, Dataset | IterableDataset]
+    tokenizer: PreTrainedTokenizerBase
+    stands_for: list[list[int]] = field(default_factory=list)
+    encoded: dict[str, Dataset | IterableDataset] = field(default_factory=dict)
+
+
 class Task(ABC):
     """
-    From a recipe to a trainer that is ready to run. A task overrides what differs.
+    From a recipe to a trainer that is ready to run, and to its scores. A task overrides what differs.
+
+    An instance holds the recipe and nothing else: what one method finds out, others get as an argument.
 
     Attributes:
         auto_class: loads an existing checkpoint.
         model_class: makes a new model.
-        compute_metrics: the trainer's; None for loss, perplexity and bits per byte.
-        row_likelihoods: the trainer's: what `compute_metrics` gets.
+        row_likelihoods: the trainer's: what `metrics_of` gets.
         reported: names of the metrics of an evaluation, each of which `training.metrics` has.
         result_names: `{key of metrics.json: label}`, the rows of results of the card and the report, main ones first.
         charts: `{title: {label: key of the log}}`, the report's charts of the task's metrics.
@@ -60,7 +88,6 @@ class Task(ABC):
     auto_class = AutoModelForCausalLM
     model_class = HfLmForCausalLM
     peft_task_type = "CAUSAL_LM"
-    compute_metrics = None
     row_likelihoods = False
     reported = LANGUAGE_MODELING + BITS_PER_BYTE
     result_names = {
@@ -79,7 +106,21 @@ class Task(ABC):
             name = getattr(model, key)
             if name is not None and is_missing_folder(name, training.output_dir):
                 raise InputError(f"{key}: {name}: no such folder (a model of the Hub is named owner/name).")
-        self.stands_for: list[list[int]] = []  # for each token added to a tokenizer: the old ones it replaces
+
+    def check(self) -> None:
+        """
+        Check, before anything is read, that the recipe's keys go together.
+
+        Raises:
+            InputError: they do not.
+        """
+        arguments = self.training_arguments
+        if self.data_arguments.streaming and arguments.train_sampling_strategy == "group_by_length":
+            raise InputError(
+                "train_sampling_strategy: group_by_length needs the lengths of all rows; a stream has none."
+            )
+        if arguments.eval_strategy != "no":
+            require_reported(arguments.metric_for_best_model, self.reported)
 
     def load(self) -> dict[str, Dataset | IterableDataset]:
         """Rows of `"train"`, `"validation"` and `"test"`, checked: an `InputError` names the missing column."""
@@ -89,22 +130,31 @@ class Task(ABC):
     def texts(self, rows) -> Iterator[str]:
         """What a new tokenizer learns from."""
 
-    def build_tokenizer(self, rows):
-        """The named tokenizer, the checkpoint's, or a new one trained on the rows."""
+    def build_tokenizer(self, rows) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
+        """The named tokenizer, the checkpoint's, or a new one trained on the rows; and `PreparedData.stands_for`."""
+        tokenizer, stands_for = self._find_tokenizer(rows)
+        self.complete_tokenizer(tokenizer)
+        return tokenizer, stands_for
+
+    def complete_tokenizer(self, tokenizer) -> None:  # noqa: B027 (most need nothing)
+        """Give the tokenizer what the task needs beside a vocabulary: special tokens, a chat template."""
+
+    def _find_tokenizer(self, rows) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
         arguments = self.model_arguments
         name = arguments.tokenizer_name or arguments.model_name_or_path
         if name is None:
             if arguments.extend_vocab_size is not None:
                 raise InputError("extend_vocab_size: needs a model_name_or_path whose tokenizer is extended.")
-            return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=arguments.tokenizer_kind)
+            kind = arguments.tokenizer_kind
+            return train_tokenizer(self.texts(rows), vocab_size=arguments.vocab_size, kind=kind), []
         try:
             tokenizer = load_tokenizer(name)
         except InputError as error:
             key = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
             raise InputError(f"{key}: {error}") from error
         if arguments.extend_vocab_size is not None:
-            tokenizer, self.stands_for = extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
-        return tokenizer
+            return extend_tokenizer(tokenizer, self.texts(rows), arguments.extend_vocab_size)
+        return tokenizer, []
 
     @abstractmethod
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
@@ -120,7 +170,41 @@ class Task(ABC):
             pad_to_multiple_of=data.block_size if whole else 1,
         )
 
-    def config_fields(self, tokenizer) -> dict:
+    def encode_splits(self, data: PreparedData) -> dict[str, Dataset | IterableDataset]:
+        """Rows of tokens of each split that is trained on or evaluated."""
+        splits = [split for split in ("train", "validation") if split in data.rows]
+        return {split: self.encode(data.rows[split], data.tokenizer, split) for split in splits}
+
+    def read(self, checkpoint: str | None = None, tokenizer=None) -> PreparedData:
+        """
+        Rows and tokenizer, without the rows of tokens.
+
+        Args:
+            checkpoint: whose tokenizer is taken.
+            tokenizer: taken instead of the recipe's.
+
+        Raises:
+            InputError: see `check`, `load` and `build_tokenizer`.
+        """
+        self.check()
+        rows = self.load()
+        if checkpoint:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if tokenizer is not None:
+            return PreparedData(rows, tokenizer)
+        return PreparedData(rows, *self.build_tokenizer(rows["train"]))
+
+    def prepare(self, checkpoint: str | None = None, tokenizer=None) -> PreparedData:
+        """`read`, with the rows of tokens. Of several processes the first works, and the others read its cache."""
+        with self.training_arguments.main_process_first(desc="data"):
+            data = self.read(checkpoint, tokenizer)
+            return replace(data, encoded=self.encode_splits(data))
+
+    def metrics_of(self, data: PreparedData, split: str) -> Callable[[EvalPrediction], dict[str, float]] | None:
+        """The trainer's `compute_metrics` for a held-out split; None for loss, perplexity and bits per byte."""
+        return None
+
+    def config_fields(self, data: PreparedData) -> dict:
         """Fields of a new model's configuration, and of a loaded one's, that the task decides."""
         return {}
 
@@ -133,10 +217,10 @@ class Task(ABC):
             "max_new_tokens": min(256, self.data_arguments.block_size),
         }
 
-    def build_model(self, tokenizer) -> torch.nn.Module:
+    def build_model(self, data: PreparedData) -> torch.nn.Module:
         """A new model that fits the tokenizer, or the named checkpoint with its configuration overridden."""
         arguments, attention = self.model_arguments, self.model_arguments.attn_implementation
-        fields = self.config_fields(tokenizer) | arguments.config_fields()
+        tokenizer, fields = data.tokenizer, self.config_fields(data) | arguments.config_fields()
         if (name := arguments.model_name_or_path) is not None:
             with readable(name):
                 config = getattr(self.auto_class, "config_class", AutoConfig).from_pretrained(name)
@@ -153,7 +237,7 @@ class Task(ABC):
                     raise InputError(
                         "use_peft: the tokenizer has new tokens, which an adapter cannot hold; train all weights."
                     )
-                add_embeddings(model, len(tokenizer), self.stands_for)
+                add_embeddings(model, len(tokenizer), data.stands_for)
             return model
         known = HfLmConfig.__dataclass_fields__
         if unknown := sorted(set(arguments.config_fields()) - set(known)):
@@ -182,27 +266,13 @@ class Task(ABC):
             recompute=not (arguments.gradient_checkpointing or arguments.torch_compile),
         )
 
-    def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
-        """Tokenizer, data and model in a trainer that is ready to run, or to go on from a checkpoint."""
-        arguments = self.training_arguments
-        if self.data_arguments.streaming and arguments.train_sampling_strategy == "group_by_length":
-            raise InputError(
-                "train_sampling_strategy: group_by_length needs the lengths of all rows; a stream has none."
-            )
-        if arguments.eval_strategy != "no":
-            require_reported(arguments.metric_for_best_model, self.reported)
-        with arguments.main_process_first(desc="data"):  # the others read its cache
-            self.rows = self.load()
-            tokenizer = (
-                AutoTokenizer.from_pretrained(checkpoint) if checkpoint else self.build_tokenizer(self.rows["train"])
-            )
-            encoded = {
-                split: self.encode(rows, tokenizer, split) for split, rows in self.rows.items() if split != "test"
-            }
+    def build_trainer(self, data: PreparedData) -> HfLmTrainer:
+        """Data and model in a trainer that is ready to run, or to go on from a checkpoint."""
+        arguments, tokenizer, encoded = self.training_arguments, data.tokenizer, dict(data.encoded)
         if isinstance(encoded["train"], IterableDataset) and self.data_arguments.shuffle_buffer_size:
             size = self.data_arguments.shuffle_buffer_size
             encoded["train"] = encoded["train"].shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=size)
-        model = self.build_model(tokenizer)
+        model = self.build_model(data)
         if (limit := getattr(model.config, "max_position_embeddings", None)) is not None:  # where pipelines truncate
             tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         if arguments.device.type == "cpu":
@@ -221,6 +291,7 @@ class Task(ABC):
         keep_best_by_default(arguments, len(encoded["train"]) if isinstance(encoded["train"], Dataset) else None)
         if arguments.early_stopping_patience is not None and arguments.eval_strategy == "no":
             raise InputError("early_stopping_patience: needs held-out data and an eval_strategy, steps or epoch.")
+        compute = self.metrics_of(data, "validation")
         try:
             return HfLmTrainer(
                 model=model,
@@ -228,15 +299,24 @@ class Task(ABC):
                 train_dataset=encoded["train"],
                 eval_dataset=evaluation,
                 data_collator=self.collator(tokenizer),
-                compute_metrics=self.compute_metrics and WholeSet(self.compute_metrics),
+                compute_metrics=compute and WholeSet(compute),
                 row_likelihoods=self.row_likelihoods,
                 processing_class=tokenizer,
             )
         except ValueError as error:  # of transformers about arguments
             raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
 
-    def scores(self, trainer: HfLmTrainer) -> dict:
-        """The numbers on what was held out, for metrics.json; main ones first."""
+    def scores_before(self, trainer: HfLmTrainer, data: PreparedData) -> dict:
+        """What a checkpoint scores before the training, for `scores` to compare with; nothing by default."""
+        return {}
+
+    def scores(self, trainer: HfLmTrainer, data: PreparedData, before: dict) -> dict:
+        """
+        The numbers on what was held out, for metrics.json; main ones first.
+
+        Args:
+            before: what `scores_before` gave.
+        """
         if trainer.eval_dataset is None:
             return {}
         held_out = trainer.held_out_scores()
@@ -244,6 +324,19 @@ class Task(ABC):
         numbers = {name if name[0] in "bp" else f"eval_{name}": held_out[f"eval_{name}"] for name in names}
         interval = [held_out["eval_bits_per_byte_low"], held_out["eval_bits_per_byte_high"]]
         return {**numbers, "bits_per_byte_interval": interval}
+
+    def show(self, trainer: HfLmTrainer, row: dict, color: bool) -> str:
+        """A row of training data as the model sees it; `color` dims what is not learned."""
+        return show_example(row, trainer.processing_class, color)
+
+    def text_language(self) -> str | list[str] | None:
+        """The language of the text, for the card."""
+        return self.model_arguments.language
+
+    @staticmethod
+    def usage(metrics: dict) -> str | None:
+        """Lines that use `tokenizer` and `model`, for the card; None where those of the model's pipeline do."""
+        return None
 
     def summary(self, metrics: dict) -> str:
         """The main number, for the line that a person reads at the end."""

@@ -12,7 +12,7 @@ from ..data.documents import cells_as_text, load_rows, task_hint
 from ..data.examples import Example, build_examples
 from ..errors import InputError
 from ..generation.conversation import first_answers
-from .base import Task
+from .base import PreparedData, Task
 
 logger = logging.get_logger(__name__)
 TURN = "<|im_start|>"
@@ -143,14 +143,13 @@ class Chat(Task):
     def texts(self, rows) -> Iterator[str]:
         return (turn["content"] for row in rows for turn in row["messages"])
 
-    def build_tokenizer(self, rows):
+    def complete_tokenizer(self, tokenizer) -> None:
         """
-        The usual one with a chat template: the named one, the checkpoint's if it marks the assistant's words, or ours.
+        Give it a chat template: the named one, the checkpoint's if it marks the assistant's words, or ours.
 
         Raises:
             InputError: the named template cannot be read or marks nothing.
         """
-        tokenizer = super().build_tokenizer(rows)
         path = self.data_arguments.chat_template
         if path:
             if not Path(path).is_file():
@@ -162,7 +161,6 @@ class Chat(Task):
             use_chat_template(tokenizer)
             if tokenizer.eos_token is None and tokenizer.chat_template == CHAT_TEMPLATE:
                 raise InputError("tokenizer_name: the tokenizer has no eos token to end an answer with.")
-        return tokenizer
 
     def encode(self, rows, tokenizer, split: str) -> Dataset:
         def example(row: dict) -> list[Example]:
@@ -173,9 +171,9 @@ class Chat(Task):
         data = self.data_arguments
         return build_examples(rows, example, data.block_size, data.packing, data.long_examples, split)
 
-    def scores(self, trainer) -> dict:
-        scores = super().scores(trainer)
-        rows = self.rows.get("test", self.rows.get("validation"))
+    def scores(self, trainer, data: PreparedData, before: dict) -> dict:
+        scores = super().scores(trainer, data, before)
+        rows = data.rows.get("test", data.rows.get("validation"))
         if rows is not None:
             answers = first_answers(trainer.model, trainer.processing_class, rows)
             if answers:

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import DataCollatorWithPadding
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
@@ -19,8 +20,10 @@ from ..errors import InputError
 from ..evaluation.metrics import HfLmClassification
 from ..evaluation.metrics.classification import SCORES, class_scores, count_confusions
 from ..modeling_hf_lm import HfLmForCausalLM, HfLmForSequenceClassification
+from ..training.loaders import replaced
+from ..training.metrics import WholeSet
 from ..training.trainer import HfLmTrainer
-from .base import Task
+from .base import PreparedData, Task
 
 logger = logging.get_logger(__name__)
 
@@ -73,14 +76,18 @@ def hold_out_by_label(rows: Dataset, percentage: float, column: str) -> dict[str
     return {"train": rows.select(np.flatnonzero(~held_out)), "validation": rows.select(np.flatnonzero(held_out))}
 
 
+def names_of(rows: Dataset) -> list[str]:
+    """The labels there are, in the order of their numbers."""
+    return rows.features["label"].names
+
+
 class Classification(Task):
     """
-    One of `names` for each text. Rows become `text` and `label`, the number of its name.
+    One of the labels for each text. Rows become `text` and `label`, a `ClassLabel`.
 
     Of what is too long the end of the text goes; the template around it, the label's words and special tokens stay.
     """
 
-    template, words = "{text}", ("",)
     reported = ("loss", *(name + part for name in SCORES for part in ("", "_low", "_high")), "ece")
     result_names = {
         "accuracy": "accuracy",
@@ -91,15 +98,20 @@ class Classification(Task):
         "ece": "expected calibration error",
     }
     charts = Task.charts | {"Accuracy and F1, held out": {"accuracy": "eval_accuracy", "macro F1": "eval_macro_f1"}}
-    split = "validation"  # that is being scored
-    before: list[dict] = []  # what was scored before training
+
+    @property
+    def template(self) -> str:
+        """What the model reads: `{text}`, and at the end `{label}` where words are learned."""
+        return "{text}"
+
+    def words(self, names: list[str]) -> tuple[str, ...]:
+        """The words for `{label}`: one for each of `names`, or an empty one where there is no `{label}`."""
+        return ("",)
 
     def load(self) -> dict[str, Dataset]:
         arguments, column = self.data_arguments, self.data_arguments.label_column_name
         if arguments.streaming:
             raise InputError(f"streaming: does not go with the task {arguments.task}.")
-        if arguments.class_balance not in ("none", "oversample"):
-            raise InputError(f"class_balance: must be none or oversample, got {arguments.class_balance!r}.")
 
         def keep(rows: Dataset, where: str) -> Dataset:
             if column not in rows.column_names:
@@ -116,7 +128,8 @@ class Classification(Task):
             return rows.shuffle(self.training_arguments.seed)  # files are often sorted by their labels
 
         rows = load_rows(arguments, keep, partial(hold_out_by_label, column=column))
-        numbers = self.name_labels(rows["train"], column)
+        names, numbers = self.name_labels(rows["train"], column)
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
         for split, part in rows.items():
             texts, labels = part["text"], [spell(value) for value in part[column]]
             for text, label in zip(texts, labels, strict=True):
@@ -124,11 +137,12 @@ class Classification(Task):
                     reason = f"has the label {label!r} ({text[:40]!r}), not among {', '.join(map(repr, numbers))}"
                     reason = reason if label else f"has a text without a label ({text[:40]!r})"
                     raise InputError(f"class_names: {split} {reason}.")
-            rows[split] = Dataset.from_dict({"text": texts, "label": [numbers[label] for label in labels]})
+            found = {"text": texts, "label": [numbers[label] for label in labels]}
+            rows[split] = Dataset.from_dict(found, features)
         return rows
 
-    def name_labels(self, rows: Dataset, column: str) -> dict[str, int]:
-        """Sets `names`: those declared, or all that occur; returns the number of each label as `spell` writes it."""
+    def name_labels(self, rows: Dataset, column: str) -> tuple[list[str], dict[str, int]]:
+        """The names of the labels, those declared or all that occur; and the number of each as `spell` writes it."""
         feature, values = rows.features[column], rows[column]
         if odd := [value for value in values if not isinstance(value, str | int | None)]:
             raise InputError(
@@ -137,33 +151,32 @@ class Classification(Task):
         found = {spell(value) for value in values} - {""}
         are_whole = all(re.fullmatch(r"0|-?[1-9]\d*", label) for label in found)
         declared = self.data_arguments.class_names or (feature.names if isinstance(feature, ClassLabel) else None)
-        self.names = [str(name) for name in declared or sorted(found, key=int if are_whole else str)]
-        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
-            raise InputError(f"class_names: two or more different labels are needed, got {', '.join(self.names)}.")
-        spelled = self.names
+        names = [str(name) for name in declared or sorted(found, key=int if are_whole else str)]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise InputError(f"class_names: two or more different labels are needed, got {', '.join(names)}.")
+        spelled = names
         if any(isinstance(value, bool) for value in values):
-            spelled = [name.lower() for name in self.names]  # True, where Python wrote it
+            spelled = [name.lower() for name in names]  # True, where Python wrote it
         if isinstance(feature, ClassLabel) or (declared and are_whole and not found <= set(spelled)):
-            spelled = map(str, range(len(self.names)))
-        return {label: number for number, label in enumerate(spelled)}
+            spelled = map(str, range(len(names)))
+        return names, {label: number for number, label in enumerate(spelled)}
 
     def texts(self, rows) -> Iterator[str]:
-        return (self.fill(row["text"], self.words[row["label"] % len(self.words)])[0] for row in rows)
+        words = self.words(names_of(rows))
+        return (self.fill(row["text"], words[row["label"] % len(words)])[0] for row in rows)
 
-    def build_tokenizer(self, rows):
-        tokenizer = super().build_tokenizer(rows)
+    def complete_tokenizer(self, tokenizer) -> None:
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise InputError(
                     "tokenizer_name: the tokenizer has neither a pad nor an eos token to fill batches with."
                 )
             tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
 
-    def config_fields(self, tokenizer) -> dict:
-        names = dict(enumerate(self.names))
+    def config_fields(self, data: PreparedData) -> dict:
+        names = dict(enumerate(names_of(data.rows["train"])))
         numbers = {name: number for number, name in names.items()}
-        return {"id2label": names, "label2id": numbers, "pad_token_id": tokenizer.pad_token_id}
+        return {"id2label": names, "label2id": numbers, "pad_token_id": data.tokenizer.pad_token_id}
 
     def fill(self, text: str, word: str) -> tuple[str, int, int]:
         """The template with text and word; where the text starts and where the word does, in characters."""
@@ -185,8 +198,9 @@ class Classification(Task):
         learned = [high > word_start for _, high in offsets]
         return Example(ids, learned, len((word or text).encode())), excess
 
-    def order(self, texts: list[str], labels: np.ndarray, split: str) -> list[int]:
+    def order(self, rows: Dataset, split: str) -> list[int]:
         """Held-out rows by their length; training rows are shuffled, with `class_balance` rarer labels repeated."""
+        texts, labels = rows["text"], np.array(rows["label"])
         if split != "train":
             return sorted(range(len(texts)), key=lambda number: len(texts[number]))  # like lengths share a batch
         groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -200,11 +214,11 @@ class Classification(Task):
     def examples(self, rows: Dataset, tokenizer, split: str) -> list[tuple[Example, int]]:
         """Examples and their labels: training rows with their own word, held-out rows with every word in turn."""
         policy, size, train = self.data_arguments.long_examples, self.data_arguments.block_size, split == "train"
-        texts, labels = rows["text"], np.array(rows["label"])
+        texts, labels, words = rows["text"], rows["label"], self.words(names_of(rows))
         drop, found, long = train and policy == "drop", [], set()  # what is held out is scored whole
-        for number in self.order(texts, labels, split):
-            label = int(labels[number])
-            for word in (self.words[label % len(self.words)],) if train else self.words:
+        for number in self.order(rows, split):
+            label = labels[number]
+            for word in (words[label % len(words)],) if train else words:
                 example, excess = self.example(texts[number], word, tokenizer)
                 if excess:
                     long.add(number)
@@ -217,56 +231,66 @@ class Classification(Task):
             logger.warning(f"{what} and are {'left out' if drop else 'cut at the end of their text'}.")
         return found
 
-    def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
+    def encode_splits(self, data: PreparedData) -> dict[str, Dataset]:
         if self.data_arguments.baseline and not is_sklearn_available():
             logger.warning("baseline: scikit-learn is not installed, there will be none (pip install scikit-learn).")
-        trainer = super().build_trainer(checkpoint)
-        # now, so that what is wrong with it is said before the training
-        self.test = "test" in self.rows and self.encode(self.rows["test"], trainer.processing_class, "test")
-        return trainer
+        # Rows for testing too, so that what is wrong with them is said before the training.
+        return {split: self.encode(rows, data.tokenizer, split) for split, rows in data.rows.items()}
 
-    def probabilities(self, rows: EvalPrediction) -> tuple[np.ndarray, list[int]]:
-        """`(examples, labels)` from logits, and the right labels."""
-        return torch.tensor(rows.predictions).double().softmax(-1).numpy(), rows.label_ids.tolist()
+    @abstractmethod
+    def probabilities(self, predictions: np.ndarray, names: list[str]) -> np.ndarray:
+        """`(examples, labels)` from the trainer's predictions for rows of tokens."""
 
-    def compute_metrics(self, rows: EvalPrediction) -> dict[str, float]:
-        predictions, references = self.probabilities(rows)
-        right = predictions[np.arange(len(references)), references].clip(np.finfo(float).tiny)
-        scores = HfLmClassification().compute(predictions=predictions.tolist(), references=references)
-        return {"loss": float(-np.log(right).mean()), **scores}
+    def references(self, data: PreparedData, split: str) -> list[int]:
+        """The right labels of a held-out split, in the order of its rows of tokens."""
+        rows = data.rows[split]
+        labels = rows["label"]
+        return [labels[number] for number in self.order(rows, split)]
 
-    def score(self, trainer: HfLmTrainer) -> dict:
+    def metrics_of(self, data: PreparedData, split: str) -> Callable[[EvalPrediction], dict[str, float]]:
+        names = names_of(data.rows["train"])
+        references = self.references(data, split) if split in data.rows else []
+
+        def compute(rows: EvalPrediction) -> dict[str, float]:
+            predictions = self.probabilities(rows.predictions, names)
+            right = predictions[np.arange(len(references)), references].clip(np.finfo(float).tiny)
+            scores = HfLmClassification().compute(predictions=predictions.tolist(), references=references)
+            return {"loss": float(-np.log(right).mean()), **scores}
+
+        return compute
+
+    def score(self, trainer: HfLmTrainer, data: PreparedData) -> dict:
         """
         Score the test split, or without one the validation split; `{}` if nothing is held out.
 
-        `confusion_matrix` has a row for each true label and a column for each predicted one, in the order of `names`.
+        `confusion_matrix` has a row for each true label and a column for each predicted one, in the order of the labels.
         """
-        split, rows = ("test", self.test) if self.test else ("validation", trainer.eval_dataset)
-        if rows is None:
+        split = "test" if "test" in data.rows else "validation"
+        if split not in data.rows:
             return {}
-        self.split = split
-        output = trainer.predict(rows, metric_key_prefix=split)
-        probabilities, references = self.probabilities(output)
-        self.split = "validation"
-        confusion = count_confusions(np.array(references), probabilities.argmax(axis=1), len(self.names))
+        names, rows = names_of(data.rows["train"]), data.encoded[split]
+        with replaced(trainer, compute_metrics=WholeSet(self.metrics_of(data, split))):
+            output = trainer.predict(rows, metric_key_prefix=split)
+        found = self.probabilities(output.predictions, names).argmax(axis=1)
+        confusion = count_confusions(np.array(self.references(data, split)), found, len(names))
         by_class = {name: values.tolist() for name, values in class_scores(confusion).items()}
         return {
             "split": split,
-            "examples": len(self.rows[split]),
+            "examples": len(data.rows[split]),
             **as_score(output.metrics, f"{split}_"),
             "per_class": {
                 label: {name: values[number] for name, values in by_class.items()}
-                for number, label in enumerate(self.names)
+                for number, label in enumerate(names)
             },
             "confusion_matrix": confusion.tolist(),
         }
 
-    def scores(self, trainer: HfLmTrainer) -> dict:
-        score, baselines = self.score(trainer), list(self.before)
+    def scores(self, trainer: HfLmTrainer, data: PreparedData, before: dict) -> dict:
+        score, baselines, names = self.score(trainer, data), [before] if before else [], names_of(data.rows["train"])
         if score and self.data_arguments.baseline and is_sklearn_available():
             balanced = self.data_arguments.class_balance != "none"
-            baselines.append(tfidf_baseline(self.rows, score["split"], len(self.names), balanced))
-        return {**score, "labels": self.names, "baselines": baselines}
+            baselines.append(tfidf_baseline(data.rows, score["split"], len(names), balanced))
+        return {**score, "labels": names, "baselines": baselines}
 
     def summary(self, metrics: dict) -> str:
         interval = "{accuracy_interval[0]:.3f} to {accuracy_interval[1]:.3f}"
@@ -292,6 +316,13 @@ class SequenceClassification(Classification):
     def collator(self, tokenizer):
         return DataCollatorWithPadding(tokenizer)
 
+    def probabilities(self, predictions: np.ndarray, names: list[str]) -> np.ndarray:
+        return torch.tensor(predictions).double().softmax(-1).numpy()
+
+    def show(self, trainer: HfLmTrainer, row: dict, color: bool) -> str:
+        label = trainer.model.config.id2label[row["labels"]]
+        return f"{trainer.processing_class.decode(row['input_ids'])} -> {label}"
+
 
 class LabelLikelihood(Classification):
     """
@@ -302,30 +333,35 @@ class LabelLikelihood(Classification):
     auto_class = model_class = HfLmForCausalLM
     row_likelihoods = True
 
+    @property
+    def template(self) -> str:
+        return self.data_arguments.prompt_template
+
+    def words(self, names: list[str]) -> tuple[str, ...]:
+        """
+        Raises:
+            InputError: `label_words` are not one for each label.
+        """
+        words = self.data_arguments.label_words or names
+        if len(words) != len(names) or len(set(words)) < len(words):
+            raise InputError(f"label_words: one for each of {', '.join(names)}, all different; got {words}.")
+        return tuple(words)
+
     def load(self) -> dict[str, Dataset]:
-        rows, template = super().load(), self.data_arguments.prompt_template
+        rows, template = super().load(), self.template
         if template.count("{text}") != 1 or template.count("{label}") != 1 or not template.endswith("{label}"):
             raise InputError(f"prompt_template: must hold {{text}} once and end in {{label}}, got {template!r}.")
-        words = self.data_arguments.label_words or self.names
-        if len(words) != len(self.names) or len(set(words)) < len(words):
-            raise InputError(f"label_words: one for each of {', '.join(self.names)}, all different; got {words}.")
-        self.template, self.words = template, tuple(words)
+        self.words(names_of(rows["train"]))  # so that what is wrong with them is said first
         return rows
 
     def encode(self, rows: Dataset, tokenizer, split: str) -> Dataset:
         found, size = self.examples(rows, tokenizer, split), self.data_arguments.block_size
-        if split != "train":
-            self.truth[split] = [label for _, label in found[:: len(self.words)]]
         packing = split == "train" and self.data_arguments.packing
         return build_examples((example for example, _ in found), lambda example: [example], size, packing, where=split)
 
-    def build_trainer(self, checkpoint: str | None) -> HfLmTrainer:
-        self.truth: dict[str, list[int]] = {}
-        trainer = super().build_trainer(checkpoint)
-        untrained = self.score(trainer) if self.model_arguments.model_name_or_path else {}
-        self.before = [{"name": "before training", **untrained}] if untrained else []
-        return trainer
+    def probabilities(self, predictions: np.ndarray, names: list[str]) -> np.ndarray:
+        return (-torch.tensor(predictions).double().view(-1, len(names))).softmax(-1).numpy()
 
-    def probabilities(self, rows: EvalPrediction) -> tuple[np.ndarray, list[int]]:
-        nats = torch.tensor(rows.predictions).double().view(-1, len(self.words))
-        return (-nats).softmax(-1).numpy(), self.truth[self.split]
+    def scores_before(self, trainer: HfLmTrainer, data: PreparedData) -> dict:
+        score = self.score(trainer, data) if self.model_arguments.model_name_or_path else {}
+        return {"name": "before training", **score} if score else {}

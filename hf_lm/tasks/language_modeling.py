@@ -10,7 +10,8 @@ from ..data.documents import load_documents
 from ..data.packing import pack_documents
 from ..errors import InputError
 from ..evaluation.text import score_documents
-from .base import Task
+from ..training.trainer import HfLmTrainer
+from .base import PreparedData, Task
 
 
 class LanguageModeling(Task):
@@ -27,8 +28,27 @@ class LanguageModeling(Task):
         "control_bits_per_byte_before": "bits per byte of control_file before this training",
     } | Task.result_names
 
+    def check(self) -> None:
+        super().check()
+        data = self.data_arguments
+        if data.control_file and self.model_arguments.model_name_or_path is None:
+            raise InputError("control_file: needs a model_name_or_path, whose scores it compares with.")
+        if data.replay_percentage and not data.control_file:
+            raise InputError("replay_percentage: needs a control_file, whose text is replayed.")
+        if data.replay_percentage and (not data.control_split_percentage or data.streaming):
+            raise InputError(
+                "replay_percentage: needs a control_split_percentage (scored, not replayed), no streaming."
+            )
+
     def load(self) -> dict[str, Dataset | IterableDataset]:
-        return load_documents(self.data_arguments)
+        """The documents of each split; `"control"` is scored before and after, `"replayed"` read among the new."""
+        data = self.data_arguments
+        rows = load_documents(data)
+        if data.control_file:
+            percent = data.control_split_percentage
+            known = load_documents(DataArguments(train_file=data.control_file, validation_split_percentage=percent))
+            rows |= {"control": known.get("validation", known["train"]), "replayed": known["train"]}
+        return rows
 
     def texts(self, rows) -> Iterator[str]:
         return (row["text"] for row in rows)
@@ -36,55 +56,40 @@ class LanguageModeling(Task):
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
         arguments = self.training_arguments
         readers = arguments.world_size * max(arguments.dataloader_num_workers, 1) if split == "train" else 1
-        block_size, share = self.data_arguments.block_size, self.data_arguments.replay_percentage / 100
-        blocks = pack_documents(rows, tokenizer, block_size, readers)
-        if split != "train" or not share:
-            return blocks
-        # What the model knew is read again among the new: the rest of control_file, as often as it takes.
-        replayed = pack_documents(self.control["train"], tokenizer, block_size)
-        seed = self.training_arguments.seed
-        mixed = interleave_datasets([blocks, replayed], [1 - share, share], seed, stopping_strategy="all_exhausted")
-        return mixed.with_format("numpy")
+        return pack_documents(rows, tokenizer, self.data_arguments.block_size, readers)
 
-    def build_trainer(self, checkpoint: str | None):
-        data, base = self.data_arguments, self.model_arguments.model_name_or_path
-        if data.control_file:
-            if base is None:
-                raise InputError("control_file: needs a model_name_or_path, whose scores it compares with.")
-            percent = data.control_split_percentage
-            if data.replay_percentage and (not percent or data.streaming):
-                raise InputError(
-                    "replay_percentage: needs a control_split_percentage (scored, not replayed), no streaming."
-                )
-            self.control = load_documents(
-                DataArguments(train_file=data.control_file, validation_split_percentage=percent)
-            )
-        elif data.replay_percentage:
-            raise InputError("replay_percentage: needs a control_file, whose text is replayed.")
-        trainer = super().build_trainer(checkpoint)
-        if data.control_file:
-            model = AutoModelForCausalLM.from_pretrained(base).to(trainer.args.device)
-            self.before = self._bits_per_byte(model, AutoTokenizer.from_pretrained(base))
-        return trainer
+    def encode_splits(self, data: PreparedData) -> dict[str, Dataset | IterableDataset]:
+        encoded, share = super().encode_splits(data), self.data_arguments.replay_percentage / 100
+        if share:
+            # What the model knew is read again among the new: the rest of control_file, as often as it takes.
+            replayed = self.encode(data.rows["replayed"], data.tokenizer, "replayed")
+            seed, parts = self.training_arguments.seed, [encoded["train"], replayed]
+            mixed = interleave_datasets(parts, [1 - share, share], seed, stopping_strategy="all_exhausted")
+            encoded["train"] = mixed.with_format("numpy")
+        return encoded
 
-    def _bits_per_byte(self, model, tokenizer) -> dict[str, float]:
-        """On the held-out text, and on `control_file`."""
-        control = self.control.get("validation", self.control["train"])
-        sources = {"bits_per_byte": self.rows.get("validation"), "control_bits_per_byte": control}
-        block_size = self.data_arguments.block_size
+    def _bits_per_byte(self, model, tokenizer, rows) -> float:
+        score = score_documents(model.eval(), tokenizer, self.texts(rows), self.data_arguments.block_size)
+        return score.bits_per_byte
+
+    def scores_before(self, trainer: HfLmTrainer, data: PreparedData) -> dict:
+        if not self.data_arguments.control_file:
+            return {}
+        base = self.model_arguments.model_name_or_path
+        model = AutoModelForCausalLM.from_pretrained(base).to(trainer.args.device)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        sources = {"bits_per_byte": "validation", "control_bits_per_byte": "control"}
         return {
-            name: score_documents(model.eval(), tokenizer, self.texts(rows), block_size).bits_per_byte
-            for name, rows in sources.items()
-            if rows is not None
+            f"{name}_before": self._bits_per_byte(model, tokenizer, data.rows[split])
+            for name, split in sources.items()
+            if split in data.rows
         }
 
-    def scores(self, trainer) -> dict:
-        scores = super().scores(trainer)
+    def scores(self, trainer: HfLmTrainer, data: PreparedData, before: dict) -> dict:
+        scores = super().scores(trainer, data, before)
         if self.data_arguments.control_file:
-            scores["control_bits_per_byte"] = self._bits_per_byte(trainer.model, trainer.processing_class)[
-                "control_bits_per_byte"
-            ]
-            scores |= {f"{name}_before": value for name, value in self.before.items()}
+            after = self._bits_per_byte(trainer.model, trainer.processing_class, data.rows["control"])
+            scores |= {"control_bits_per_byte": after, **before}
         return scores
 
     def summary(self, metrics: dict) -> str:

@@ -22,7 +22,7 @@ from ..evaluation.translation import (
     translate,
 )
 from ..training.trainer import HfLmTrainer
-from .base import Task
+from .base import PreparedData, Task
 
 logger = logging.get_logger(__name__)
 
@@ -37,37 +37,47 @@ class Translation(Task):
 
     result_names = {**Task.result_names, "bleu": "BLEU", "chrf": "chrF"}
 
-    def load(self) -> dict[str, Dataset | IterableDataset]:
-        self.pairs = self.data_arguments.language_pairs
-        if not self.pairs:
+    @property
+    def columns(self) -> list[str]:
+        """
+        The languages, each of which is a column of the rows.
+
+        Raises:
+            InputError: no pair of languages is named.
+        """
+        if not self.data_arguments.language_pairs:
             raise InputError("language_pairs: name at least one, as [en-de, de-en].")
+        return list(dict.fromkeys(name for pair in self.data_arguments.language_pairs for name in languages(pair)))
+
+    def text_language(self) -> str | list[str]:
+        return self.model_arguments.language or self.columns
+
+    def load(self) -> dict[str, Dataset | IterableDataset]:
+        columns = self.columns
         if find_spec("sacrebleu") is None:
             raise InputError("task: translations are scored by sacrebleu; pip install 'hf-lm[translation]'.")
-        self.languages = list(dict.fromkeys(language for pair in self.pairs for language in languages(pair)))
-        self.model_arguments.language = self.model_arguments.language or self.languages  # for the card
-        return load_rows(self.data_arguments, self._keep)
 
-    def _keep(self, rows, where: str):
-        if "translation" in (rows.column_names or []):
-            rows = rows.map(lambda row: row["translation"], remove_columns="translation")
-        columns = rows.column_names or list(next(iter(rows), {}))
-        for language in self.languages:
-            if language not in columns:
+        def keep(rows, where: str):
+            if "translation" in (rows.column_names or []):
+                rows = rows.map(lambda row: row["translation"], remove_columns="translation")
+            found = rows.column_names or list(next(iter(rows), {}))
+            if missing := [language for language in columns if language not in found]:
+                names = ", ".join(found)
                 raise InputError(
-                    f"language_pairs: {where} has no column {language}; it has {', '.join(columns)}.{task_hint(columns)}"
+                    f"language_pairs: {where} has no column {missing[0]}; it has {names}.{task_hint(found)}"
                 )
-        return cells_as_text(rows.select_columns(self.languages), self.languages, where)
+            return cells_as_text(rows.select_columns(columns), columns, where)
+
+        return load_rows(self.data_arguments, keep)
 
     def texts(self, rows) -> Iterator[str]:
-        return (row[language] for row in rows for language in self.languages if row[language])
+        return (row[language] for row in rows for language in self.columns if row[language])
 
-    def build_tokenizer(self, rows):
-        tokenizer = super().build_tokenizer(rows)
+    def complete_tokenizer(self, tokenizer) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError("tokenizer_name: the tokenizer has no eos token, without which no translation ends.")
-        tags = [tag(pair) for pair in self.pairs]
+        tags = [tag(pair) for pair in self.data_arguments.language_pairs]
         tokenizer.add_special_tokens({"extra_special_tokens": tags}, replace_extra_special_tokens=False)
-        return tokenizer
 
     def _parallel(self, rows, pair: str, split: str) -> tuple[list[str], list[str]]:
         """
@@ -90,7 +100,7 @@ class Translation(Task):
 
     def encode(self, rows, tokenizer, split: str) -> Dataset:
         examples = []
-        for pair in self.pairs:
+        for pair in self.data_arguments.language_pairs:
             sources, targets = self._parallel(rows, pair, split)
             prompts, answers = encode_sources(tokenizer, sources, pair), encode_targets(tokenizer, targets)
             for prompt, answer, text in zip(prompts, answers, targets, strict=True):
@@ -104,15 +114,15 @@ class Translation(Task):
         beam_search = {"do_sample": False, "num_beams": BEAMS, "early_stopping": True}
         return {**beam_search, "max_new_tokens": self.data_arguments.block_size // 2}
 
-    def scores(self, trainer: HfLmTrainer) -> dict:
-        held_out = super().scores(trainer)
-        split = "test" if "test" in self.rows else "validation"
-        if split not in self.rows:
+    def scores(self, trainer: HfLmTrainer, data: PreparedData, before: dict) -> dict:
+        held_out = super().scores(trainer, data, before)
+        split = "test" if "test" in data.rows else "validation"
+        if split not in data.rows:
             return held_out
         arguments, model = trainer.args, trainer.model.eval()
         scores, copied = {}, {"name": "copying the source"}
-        for pair in self.pairs:
-            sources, references = self._parallel(self.rows[split], pair, split)
+        for pair in self.data_arguments.language_pairs:
+            sources, references = self._parallel(data.rows[split], pair, split)
             shares = 1 if trainer.is_sharded else arguments.world_size
             mine = sources[arguments.process_index % shares :: shares]
             parts = gather_object([translate(model, trainer.processing_class, mine, pair)])[:shares]
@@ -129,7 +139,16 @@ class Translation(Task):
         values = (group[f"{name}/{pair}"] for group in (scores, copied) for name in ("chrf", "bleu"))
         return "{}: chrF {:.1f}, BLEU {:.1f} (copying the source: {:.1f}, {:.1f})".format(pair, *values)
 
+    @staticmethod
+    def usage(metrics: dict) -> str | None:
+        pair = next((key.partition("/")[2] for key in metrics if key.startswith("chrf/")), None)
+        return pair and (
+            f'inputs = tokenizer("Open the file.{tag(pair)}", return_tensors="pt", return_token_type_ids=False)\n'
+            "output = model.generate(**inputs)\n"
+            'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+        )
+
     def summary(self, metrics: dict) -> str:
-        scored = [pair for pair in self.pairs if f"chrf/{pair}" in metrics]
+        scored = [pair for pair in self.data_arguments.language_pairs if f"chrf/{pair}" in metrics]
         lines = [self._line(pair, metrics, metrics["baselines"][0]) for pair in scored]
         return "; ".join(lines) or super().summary(metrics)

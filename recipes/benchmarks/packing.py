@@ -32,7 +32,7 @@ def prepare(rows: int, data: str):
         overrides += ["--per_device_train_batch_size", str(batch)]
     arguments = parse_recipe(str(RECIPE), [*overrides, "--report_to", "none", "--eval_strategy", "no"])
     task = task_class(arguments[1].task)(*arguments)
-    return task.build_trainer(None)
+    return task.build_trainer(task.prepare())
 
 
 def unpack(block: dict) -> list[dict]:

@@ -20,7 +20,7 @@ from hf_lm.data.documents import data_sha256, describe_split, hold_out, load_doc
 from hf_lm.data.packing import pack_documents
 from hf_lm.errors import InputError
 from hf_lm.tasks import arguments_class, task_class
-from hf_lm.tasks.classification import hold_out_by_label
+from hf_lm.tasks.classification import hold_out_by_label, names_of
 from hf_lm.tokenization import train_tokenizer
 from hf_lm.training.keys import ModelArguments
 
@@ -37,11 +37,10 @@ def write(path, rows: list[dict]) -> str:
     return str(path)
 
 
-def load(task: str, *, seed: int = 1, **data) -> tuple:
-    """The task and its rows, without a model."""
+def load(task: str, *, seed: int = 1, **data) -> dict:
+    """A task's rows, without a model."""
     data = arguments_class(task)(task=task, **{"validation_split_percentage": 0, **data})
-    made = task_class(task)(ModelArguments(), data, SimpleNamespace(seed=seed))
-    return made, made.load()
+    return task_class(task)(ModelArguments(), data, SimpleNamespace(seed=seed)).load()
 
 
 def texts(*files, **data) -> list[str]:
@@ -65,8 +64,8 @@ def test_labels_are_as_they_are_written(tmp_path, name, labels, names):
     if name == "a.csv" and isinstance(labels[0], bool):
         names = ["False", "True"]  # as Python's csv writes them
     path = write(tmp_path / name, [{"text": f"letter {n}", "label": labels[n % 2]} for n in range(6)])
-    task, rows = load("sequence-classification", train_file=path)
-    assert task.names == names
+    rows = load("sequence-classification", train_file=path)
+    assert names_of(rows["train"]) == names
     assert {row["text"]: row["label"] for row in rows["train"]} == {f"letter {n}": n % 2 for n in range(6)}
 
 
@@ -78,8 +77,8 @@ def test_labels_are_as_they_are_written(tmp_path, name, labels, names):
 )
 def test_declared_names_are_matched_by_name_or_else_by_number(tmp_path, name, labels, declared, numbers):
     path = write(tmp_path / name, [{"text": f"{n}", "label": labels[n % 2]} for n in range(6)])
-    task, rows = load("sequence-classification", train_file=path, class_names=declared)
-    assert task.names == declared
+    rows = load("sequence-classification", train_file=path, class_names=declared)
+    assert names_of(rows["train"]) == declared
     assert {int(row["text"]): row["label"] for row in rows["train"]} == {n: numbers[n % 2] for n in range(6)}
 
 
@@ -87,26 +86,26 @@ def test_declared_names_are_matched_by_name_or_else_by_number(tmp_path, name, la
 def test_prompts_answers_and_languages_are_as_they_are_written(tmp_path, name):
     answers = ["007", "1e5", "2024-11-28T10:00:00", "NA", "no", "1.50"]
     rows = [{"prompt": "12:30", "completion": answer} for answer in answers]
-    chat = load("chat", train_file=write(tmp_path / name, rows))[1]["train"]
+    chat = load("chat", train_file=write(tmp_path / name, rows))["train"]
     assert [row["messages"][1]["content"] for row in chat] == answers
     assert chat[0]["messages"][0]["content"] == "12:30"
     rows = [{"en": "number", "num": answer} for answer in answers]
-    languages = load("translation", train_file=write(tmp_path / name, rows), language_pairs=["en-num"])[1]["train"]
+    languages = load("translation", train_file=write(tmp_path / name, rows), language_pairs=["en-num"])["train"]
     assert languages["num"] == answers
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
 def test_answers_that_are_whole_numbers_are_their_digits(tmp_path, name):
     path = write(tmp_path / name, [{"prompt": f"{n}+1", "completion": n + 1} for n in range(3)])
-    rows = load("chat", train_file=path)[1]["train"]
+    rows = load("chat", train_file=path)["train"]
     assert [row["messages"][1]["content"] for row in rows] == ["1", "2", "3"]
-    rows = load("translation", train_file=path, language_pairs=["prompt-completion"])[1]["train"]
+    rows = load("translation", train_file=path, language_pairs=["prompt-completion"])["train"]
     assert rows["completion"] == ["1", "2", "3"]
 
 
 def test_messages_hold_what_is_written_and_arrow_has_many_forms_of_text(tmp_path):
     turns = [{"role": "user", "content": "Why?", "name": "x"}, {"role": "assistant", "content": "So."}]
-    rows = load("chat", train_file=write(tmp_path / "a.jsonl", [{"messages": turns}]))[1]["train"]
+    rows = load("chat", train_file=write(tmp_path / "a.jsonl", [{"messages": turns}]))["train"]
     assert rows[0]["messages"] == turns  # no field is added
     view = pyarrow.string_view()
     for text, rows in ((view, pyarrow.list_), (pyarrow.large_string(), pyarrow.large_list)):
@@ -114,11 +113,12 @@ def test_messages_hold_what_is_written_and_arrow_has_many_forms_of_text(tmp_path
         array = pyarrow.array([[{"role": turn["role"], "content": turn["content"]} for turn in turns]], kind)
         table = pyarrow.table({"messages": array})
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-        read = load("chat", train_file=str(tmp_path / "a.parquet"))[1]["train"]
+        read = load("chat", train_file=str(tmp_path / "a.parquet"))["train"]
         assert [turn["content"] for turn in read[0]["messages"]] == ["Why?", "So."]
     labels = pyarrow.array(["b", "a", "b"]).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y", "z"], "label": labels}), tmp_path / "b.parquet")
-    assert load("label-likelihood", train_file=str(tmp_path / "b.parquet"))[0].names == ["a", "b"]
+    rows = load("label-likelihood", train_file=str(tmp_path / "b.parquet"))
+    assert names_of(rows["train"]) == ["a", "b"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -269,7 +269,8 @@ def test_a_base_saved_in_bfloat16_stays_in_it_where_matmuls_are_too(base, recipe
     book_tokenizer().save_pretrained(tmp_path / "half")
     keys = {"model_name_or_path": str(tmp_path / "half"), "use_peft": True, "bf16": bf16, "muon_learning_rate": None}
     parsed = parse_recipe(recipe(**keys, max_steps=2, eval_strategy="no", save_strategy="no", report_to="none"), [])
-    trainer = task_class("causal-lm")(*parsed).build_trainer(None)
+    task = task_class("causal-lm")(*parsed)
+    trainer = task.build_trainer(task.prepare())
     dtypes = {weight.requires_grad: weight.dtype for weight in trainer.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16 if bf16 else torch.float32}
     assert trainer.train().training_loss > 0

@@ -60,7 +60,8 @@ def chat(recipe, tmp_path):
 
 
 def trainer_of(parsed):
-    return task_class("chat")(*parsed).build_trainer(None)
+    task = task_class("chat")(*parsed)
+    return task.build_trainer(task.prepare())
 
 
 def test_only_the_assistants_words_and_their_end_are_learned(chat):
@@ -211,7 +212,7 @@ def test_a_tokenizer_without_special_tokens_is_refused(chat, tmp_path, recipe):
         task="sequence-classification", train_file=rows, tokenizer_name=str(tmp_path / "letters"), baseline=False
     )
     with pytest.raises(InputError, match="tokenizer_name: the tokenizer has neither a pad nor an eos token"):
-        task_class("sequence-classification")(*parse_recipe(path, [])).build_trainer(None)
+        task_class("sequence-classification")(*parse_recipe(path, [])).prepare()
 
 
 def test_a_template_without_the_mark_is_refused(chat, tmp_path):

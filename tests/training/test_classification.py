@@ -18,6 +18,7 @@ from hf_lm.app.run import train
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.tasks import task_class
+from hf_lm.tasks.classification import names_of
 from hf_lm.tasks.recipe import parse_recipe
 
 TASKS = ("sequence-classification", "label-likelihood")
@@ -28,10 +29,11 @@ def run(path: str, *overrides: str) -> dict:
 
 
 def build(path: str, *overrides: str):
-    """The task and its trainer, before training."""
+    """What the task has made of its data, and its trainer, before training."""
     model, data, training = parse_recipe(path, list(overrides))
     task = task_class(data.task)(model, data, training)
-    return task, task.build_trainer(None)
+    prepared = task.prepare()
+    return prepared, task.build_trainer(prepared)
 
 
 @pytest.fixture
@@ -155,11 +157,11 @@ def test_a_checkpoint_of_ours_or_of_another_family_becomes_our_class_in_float32(
 
 def test_a_labels_likelihood_is_that_of_its_words_alone(task_recipe, base, rows):
     words = ["Chinese, of course", "English"]  # of different length
-    task, trainer = build(
+    data, trainer = build(
         task_recipe(task="label-likelihood", model_name_or_path=base, config_overrides=None, muon_learning_rate=None),
         *("--label_words", *words),
     )
-    found = trainer.predict(task.test).predictions.reshape(-1, 2)
+    found = trainer.predict(data.encoded["test"]).predictions.reshape(-1, 2)
     test = rows[rows["split"] == "test"].reset_index()
     order = {text: number for number, text in enumerate(sorted(test["text"], key=len))}
     tokenizer, model = trainer.processing_class, trainer.model.eval()
@@ -193,13 +195,13 @@ def test_only_the_labels_words_are_learned_and_packing_changes_neither_them_nor_
 ):
     totals = []
     for packing in ("true", "false"):
-        task, trainer = build(task_recipe(task="label-likelihood"), "--packing", packing)
+        data, trainer = build(task_recipe(task="label-likelihood"), "--packing", packing)
         tokenizer, learned = trainer.processing_class, []
         for row in trainer.train_dataset:
             learned.append(tokenizer.decode(row["labels"][row["labels"] != -100]))
         totals.append(sorted(re.findall(r" Chinese| English", "".join(learned))))
         assert set("".join(learned)) <= set(" ChineseEnglish")
-        assert len(task.test) == 80  # each text with each label, whatever the packing
+        assert len(data.encoded["test"]) == 80  # each text with each label, whatever the packing
     assert totals[0] == totals[1]
     assert len(totals[0]) == 400
 
@@ -212,7 +214,7 @@ def test_long_texts_lose_their_end_and_never_the_label_and_are_counted(task_reci
         assert max(len(row["input_ids"]) for row in trainer.train_dataset) <= 24
         assert re.search(r"train: \d+ of 400 examples have more than block_size 24 tokens and are cut", caplog.text)
         if task == "label-likelihood":
-            for row in made.test:
+            for row in made.encoded["test"]:
                 assert re.search(r" This is (Chinese|English)$", tokenizer.decode(row["input_ids"]))
     caplog.clear()
     _, trainer = build(task_recipe(block_size=24), "--long_examples", "drop")
@@ -233,9 +235,9 @@ def test_oversampling_makes_labels_equally_frequent_in_training_only(task_recipe
 
 @pytest.mark.parametrize("labels", [None, ["story", "fact"]])
 def test_numbers_are_named_in_their_order(task_recipe, rows, labels):
-    task, _ = build(task_recipe(rows=rows.assign(label=(rows["label"] == "English").astype(int)), class_names=labels))
-    assert task.names == (labels or ["0", "1"])
-    kept = {row["text"]: row["label"] for row in task.rows["train"]}
+    data, _ = build(task_recipe(rows=rows.assign(label=(rows["label"] == "English").astype(int)), class_names=labels))
+    assert names_of(data.rows["train"]) == (labels or ["0", "1"])
+    kept = {row["text"]: row["label"] for row in data.rows["train"]}
     assert all(
         kept[text] == (label == "English")
         for text, label in zip(rows["text"], rows["label"], strict=True)
@@ -327,8 +329,8 @@ def test_examples_are_shown_with_their_label(task_recipe, capsys):
 
 def test_empty_texts_are_left_out_and_counted(task_recipe, rows, caplog):
     rows.loc[:4, "text"] = ["", "", "", "", " \n"]
-    task, _ = build(task_recipe(rows=rows))
-    assert len(task.rows["train"]) == 395
+    data, _ = build(task_recipe(rows=rows))
+    assert len(data.rows["train"]) == 395
     assert "4 of 400 rows of column text are empty and left out" in caplog.text
     assert "train: 1 texts are nothing but white space and left out" in caplog.text
 

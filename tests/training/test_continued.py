@@ -57,12 +57,13 @@ def test_new_embeddings_start_as_the_mean_of_what_they_replace(recipe, tmp_path,
     model_arguments, data, training = continued(recipe, tmp_path, base)
     model_arguments.config_overrides = None
     task = task_class("causal-lm")(model_arguments, data, training)
-    trainer = task.build_trainer(None)
+    data = task.prepare()
+    trainer = task.build_trainer(data)
     old, new = (
         model.get_input_embeddings().weight for model in (AutoModelForCausalLM.from_pretrained(base), trainer.model)
     )
     assert torch.equal(new[: len(old)], old)
-    for number, parts in enumerate(task.stands_for):
+    for number, parts in enumerate(data.stands_for):
         assert torch.allclose(new[len(old) + number], new[parts].mean(dim=0), atol=1e-6)
 
 
@@ -83,7 +84,8 @@ def test_replayed_text_is_mixed_in(recipe, tmp_path, base):
     def blocks(**changes):
         keys = continued(recipe, tmp_path, base, **changes)
         keys[0].config_overrides = None
-        trainer = task_class("causal-lm")(*keys).build_trainer(None)
+        task = task_class("causal-lm")(*keys)
+        trainer = task.build_trainer(task.prepare())
         return [trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset]
 
     plain, mixed = blocks(), blocks(replay_percentage=40)

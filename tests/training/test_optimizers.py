@@ -197,7 +197,8 @@ def test_schedules_that_make_no_sense_are_refused(tiny_model, tmp_path, changes,
 def test_an_optimizer_of_the_registry_trains_beside_muon(recipe, tmp_path):
     keys = {"optim": "nadam", "optim_args": "momentum_decay=0.01", "max_steps": 2, "eval_strategy": "no"}
     parsed = parse_recipe(recipe(**keys, save_strategy="no", report_to="none", muon_learning_rate=0.02), [])
-    trainer = task_class("causal-lm")(*parsed).build_trainer(None)
+    task = task_class("causal-lm")(*parsed)
+    trainer = task.build_trainer(task.prepare())
     assert trainer.train().training_loss > 0
     optimizer = trainer.optimizer.optimizer  # inside of accelerate's
     assert isinstance(optimizer, torch.optim.NAdam) and type(optimizer).__name__ == "MuonNAdam"

@@ -79,9 +79,8 @@ def encoded(path: str):
     """The training blocks and the tokenizer of a recipe."""
     arguments = parse_recipe(path, [])
     task = task_class("translation")(*arguments)
-    rows = task.load()
-    tokenizer = task.build_tokenizer(rows["train"])
-    return task.encode(rows["train"], tokenizer, "train"), tokenizer
+    data = task.prepare()
+    return data.encoded["train"], data.tokenizer
 
 
 @pytest.fixture(scope="module")
