@@ -240,10 +240,7 @@ def add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, vocab_size: int, e
         lowest = min(kind.scores.values())
         writer.add_token_scores([kind.scores.get(token, lowest) for token in tokens])
     _add_special_tokens(writer, tokenizer, ends)
-    if isinstance(templates := tokenizer.chat_template, dict):
-        templates = [{"name": name, "template": template} for name, template in templates.items()]
-    if templates is not None:
-        writer.add_chat_template(templates)
+    _add_chat_templates(writer, tokenizer)
     return notes_on(tokenizer, kind)
 
 
@@ -262,3 +259,20 @@ def _add_special_tokens(writer, tokenizer: PreTrainedTokenizerBase, ends: list[i
     has_bos, has_eos = surrounding(tokenizer)
     writer.add_add_bos_token(has_bos)
     writer.add_add_eos_token(has_eos)
+
+
+def _add_chat_templates(writer, tokenizer: PreTrainedTokenizerBase) -> None:
+    templates = tokenizer.chat_template
+    if templates is None:
+        return
+    names = [f"{name}_token" for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token") is None]
+
+    def complete(template: str) -> str:
+        """Say which tokens there are not: llama.cpp takes number 11 for them."""
+        return "".join(f"{{%- set {name} = '' -%}}" for name in names if name in template) + template
+
+    if isinstance(templates, dict):
+        templates = [{"name": name, "template": complete(template)} for name, template in templates.items()]
+        writer.add_chat_template(templates)
+    else:
+        writer.add_chat_template(complete(templates))

@@ -25,6 +25,7 @@ from hf_lm.errors import InputError
 from hf_lm.interop.gguf_pre_tokenizers import NEARLY, RULES, Rule, probe, rule_of
 from hf_lm.interop.gguf_tokenizers import kind_of, merges_by_score, notes_on
 from hf_lm.interop.parity import default_text
+from hf_lm.tasks.chat import CHAT_TEMPLATE, use_chat_template
 from hf_lm.tokenization import extend_tokenizer, train_tokenizer
 
 TEXT = (
@@ -306,3 +307,53 @@ def test_a_file_that_transformers_would_split_otherwise_is_imported_as_it_is(exp
     read = AutoTokenizer.from_pretrained(tmp_path / "ours")
     for text in (TEXT, "in  1984   2001", *probe(number=100)):
         assert read(text)["input_ids"] == tokenizer(text)["input_ids"], text
+
+
+CONVERSATIONS = [
+    [("user", "What is 2 + 2?")],
+    [("system", "Be brief.\nBe kind."), ("user", "你好，世界 😀")],
+    [("user", "a"), ("assistant", "b  b\n"), ("user", "  c <|eos|> d\n\n")],
+    [("system", "s"), ("user", "a"), ("assistant", "{{ b }}"), ("user", "c"), ("assistant", "d"), ("user", "e")],
+]
+SMOLLM2_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + "
+    "'\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+
+
+def chat(template: str, **tokens) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), **({"eos_token": "<|eos|>"} | tokens))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_with_bos() -> PreTrainedTokenizerFast:
+    tokenizer = train_tokenizer(LEARNED, 600)
+    use_chat_template(tokenizer)
+    return tokenizer
+
+
+CHATS = {
+    "ours": chat_with_bos,
+    "ours, without bos": lambda: chat(CHAT_TEMPLATE),
+    "ours, bos not in front of texts": lambda: chat(CHAT_TEMPLATE, bos_token="<|bos|>"),
+    "SmolLM2": lambda: chat(SMOLLM2_TEMPLATE, bos_token="<|im_start|>", eos_token="<|im_end|>"),
+}
+
+
+def as_messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_templates_give_the_same_prompt(name, exported):
+    tokenizer = CHATS[name]()
+    llama_cpp = LlamaCpp(exported(tokenizer))
+    for turns in CONVERSATIONS:
+        messages = as_messages(turns)
+        wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert llama_cpp.prompt_tokens(messages) == wanted
