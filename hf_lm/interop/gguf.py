@@ -12,10 +12,12 @@ from .gguf_models import add_sizes, add_tensors, gguf_family
 from .gguf_tokenizers import add_tokenizer
 from .gguf_types import TYPES, type_of
 from .heads import HEADS
+from .modelfile import modelfile
 from .parity import compare, default_text, rounded
 from .reader import gguf_head_dim
 
 FILE_NAME = "model.gguf"
+MODELFILE = "Modelfile"
 
 
 def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text: str | None = None) -> dict[str, Any]:
@@ -23,8 +25,8 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
     Write a GGUF file, tokenizer and chat templates included, and read it again with transformers to compare.
 
     Args:
-        destination: a path that ends in `.gguf`, beside which `.parity.json` is written; or a new folder for
-            `model.gguf` and `parity.json`.
+        destination: a path that ends in `.gguf`, beside which `.parity.json` and `.Modelfile` are written; or a new folder
+            for `model.gguf`, `parity.json` and `Modelfile`.
         dtype: a key of `TYPES`; "auto": that of the weights. The comparison is with our model's weights, rounded to it.
 
     Returns, raises: as `convert.export_native`; and `same_tokens`, and `notes` on what llama.cpp will do in another way.
@@ -47,13 +49,15 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
         raise InputError(f"{source}: has no tokenizer, which a GGUF file must hold.")
     destination, files = Path(destination), None
     if destination.suffix == ".gguf":
-        files = {FILE_NAME: destination, REPORT: destination.with_suffix(f".{REPORT}")}
+        files = {FILE_NAME: destination} | {name: destination.with_suffix(f".{name}") for name in (REPORT, MODELFILE)}
     with staged(destination, files) as staging:
         writer = GGUFWriter(staging / FILE_NAME, architecture)
         add_sizes(writer, model.config, LlamaFileType[TYPES[dtype][1]], destination.name.removesuffix(".gguf"))
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
         notes = add_tokenizer(writer, tokenizer, model.config.vocab_size, ends)
+        names = [files[name].name if files else name for name in (MODELFILE, FILE_NAME)]
+        (staging / MODELFILE).write_text(modelfile(*names, tokenizer, model.generation_config, ends), encoding="utf-8")
         add_tensors(writer, to_native(model, architecture), architecture, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

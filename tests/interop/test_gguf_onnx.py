@@ -55,8 +55,8 @@ def test_gguf_is_one_file_where_the_name_says_so(checkpoint, tmp_path, capsys):
     before = set(tmp_path.iterdir())
     assert main(["export", source, str(file)]) == 0
     assert "gguf" in capsys.readouterr().out
-    report = tmp_path / "v1.5.parity.json"
-    assert set(tmp_path.iterdir()) - before == {file, report} and file.stat().st_size > 1000
+    report, modelfile = tmp_path / "v1.5.parity.json", tmp_path / "v1.5.Modelfile"
+    assert set(tmp_path.iterdir()) - before == {file, report, modelfile} and file.stat().st_size > 1000
     assert json.loads(report.read_text())["top1_agreement"] == 1.0
     assert GGUFReader(file).fields["general.name"].contents() == "v1.5"
     assert main(["export", source, str(file), "--to", "gguf"]) == 2
