@@ -2,7 +2,7 @@
 How fast does a Llama checkpoint write text as an hf_lm model, against transformers' class? See decoding.md.
 
     transformers   LlamaForCausalLM, as it comes              hf_lm   HfLmForCausalLM, as it comes
-    packed         hf_lm after `optimize_for_inference`       int8    with 8-bit weights
+    prepacked      hf_lm after `optimize_for_inference`       int8    with 8-bit weights
 
 Greedy, the same prompt, the same number of new tokens. A step is (time of the whole - time with one new token) / (new
 tokens - 1); prefill is the time with one new token. Both are given in seconds of the clock and in CPU seconds, because
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import harness
 
-SIDES = ("transformers", "hf_lm", "packed", "int8")
+SIDES = ("transformers", "hf_lm", "prepacked", "int8")
 PASSAGE = "The history of the town begins with a small group of settlers who came up the river in the spring of 1790. "
 
 
@@ -33,7 +33,7 @@ def load(side: str, folder: str, dtype: str):
     logging.set_verbosity_error()
     model_class = LlamaForCausalLM if side == "transformers" else HfLmForCausalLM
     model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    return optimize_for_inference(model, int8=side == "int8") if side in ("packed", "int8") else model
+    return optimize_for_inference(model, int8=side == "int8") if side in ("prepacked", "int8") else model
 
 
 def read_speed() -> float:
@@ -172,7 +172,7 @@ def compare(bench: harness.Bench) -> int:
             same = statistics.mean(own == other for own, other in zip(written, wanted, strict=True))
             print(f"  {side}: {same:.0%} of the tokens are those of transformers")
     if options.lookup:
-        side = "packed" if "packed" in sides else options.sides[0]
+        side = "prepacked" if "prepacked" in sides else options.sides[0]
         case = {**model, "what": "prompt lookup", "new_tokens": options.new_tokens}
         bench.compare(case, [side], private=private, threads=options.threads)
     if options.text:

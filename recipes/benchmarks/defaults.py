@@ -44,7 +44,7 @@ def measure(side: str, choice: str, steps: int, seed: int) -> dict[str, float]:
 
 
 def summarize(records: list[dict]) -> list[dict]:
-    """One row per choice: mean bits per byte, difference to the recipe with the same seeds, and its p."""
+    """One row per choice, the most useful first: mean bits per byte, difference to the recipe, and its p."""
     from scipy.stats import ttest_rel
 
     def by_seed(recipe: str, steps: int, choice: str) -> dict:
@@ -70,7 +70,7 @@ def summarize(records: list[dict]) -> list[dict]:
             if len(pairs) > 1:
                 row["p"] = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
         rows[key] = {**record, "numbers": row}
-    return list(rows.values())
+    return sorted(rows.values(), key=lambda row: -row["numbers"].get("worse_by", float("inf")))
 
 
 def build_parser():

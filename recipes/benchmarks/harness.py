@@ -12,8 +12,8 @@ A script states what its sides are and how one of them is measured; `compare` do
     if __name__ == "__main__":
         raise SystemExit(harness.main(build_parser(), measure, compare))
 
-`--machine NAME` appends one JSON line per case to `records/SCRIPT.NAME.jsonl`, from which `render.py` makes the tables of
-the pages. Without it nothing is recorded.
+`--machine NAME` appends one JSON line per case to `records/SCRIPT.NAME.jsonl`, from which `render.py` makes the tables
+of the pages. Without it nothing is recorded.
 """
 
 import argparse
@@ -104,7 +104,7 @@ class Bench:
         rounds = [
             {side: self.run(side, inputs, threads) for side in sides} for _ in range(max(1, self.arguments.rounds))
         ]
-        record = self.record(case, summarize(rounds), recipe, seed, rounds=rounds)
+        record = self.record(case, summarize(rounds), recipe, seed, threads, rounds=rounds)
         print_record(record)
         return record
 
@@ -125,7 +125,8 @@ class Bench:
             if known := self.find(case):
                 return known[-1]
             numbers = self.run(side(case), {**case, **private(case)}, threads)
-            return self.record({name: value for name, value in case.items() if name != "seed"}, numbers, recipe, seed)
+            measured = {name: value for name, value in case.items() if name != "seed"}
+            return self.record(measured, numbers, recipe, seed, threads)
 
         with ThreadPoolExecutor(jobs) as pool:
             return list(pool.map(measure_once, cases))
@@ -137,12 +138,13 @@ class Bench:
         records = read_records([self.output]) if self.output else []
         return [record for record in records if record["case"] == wanted and record["seed"] == seed]
 
-    def record(self, case: dict, numbers: dict, recipe: Path | None = None, seed: int | None = None, **more) -> dict:
+    def record(self, case: dict, numbers: dict, recipe: Path | None = None, seed: int | None = None,
+               threads: int = 0, **more) -> dict:  # fmt: skip
         """Make a record of measured numbers and append it to the output, if there is one."""
         record = {
             "benchmark": self.name, "machine": self.machine, "date": datetime.date.today().isoformat(),
             "commit": self.commit, "recipe": hashed(recipe or self.script), "seed": seed, "raw": True, "case": case,
-            "numbers": numbers, **more, "environment": self.facts,
+            "numbers": numbers, **more, "environment": self.facts | ({"threads": threads} if threads else {}),
         }  # fmt: skip
         if self.output:
             with self.lock, open(self.output, "a", encoding="utf-8") as file:

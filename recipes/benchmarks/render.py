@@ -59,6 +59,8 @@ class Formatter(string.Formatter):
             return ", ".join(self.format_field(item, format_spec) for item in value)
         if isinstance(value, dict):  # a range
             return " to ".join(self.format_field(value[name], format_spec) for name in ("lowest", "highest"))
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return super().format_field(value, format_spec) if isinstance(value, int | float) else str(value)
 
 
