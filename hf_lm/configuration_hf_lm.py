@@ -137,7 +137,7 @@ class HfLmConfig(PreTrainedConfig):
     """
 
     model_type = "hf_lm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # its names before and since transformers 5.24
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_torch_fx_proxy, is_tracing
 
-# What create_causal_mask calls the cache: past_key_values before transformers 5.24, cache since.
+# What transformers calls the cache: past_key_values before 5.24, cache since.
 CACHE_NAME = "past_key_values" if "past_key_values" in inspect.signature(create_causal_mask).parameters else "cache"
 
 # Replacements of the functions marked `replaceable`, by name, and `linear_cross_entropy`, the loss without the logits.
@@ -89,11 +89,12 @@ def make_causal_mask(
     """
     if isinstance(attention_mask, dict):
         return attention_mask, {}
+    if not isinstance(past_key_values, Cache):  # a paged cache, which comes with a mask or lengths
+        past_key_values = None
     no_cache = past_key_values is None
     if cu_seq_lens is not None and no_cache and uses_varlen(config, inputs_embeds):
         return dict.fromkeys(config.layer_types), {}
-    attention_kwargs = {}
-    mask_kwargs = {}
+    attention_kwargs, mask_kwargs = {}, {}
     is_2d = attention_mask is None or attention_mask.ndim == 2
     if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and nothing_cached(past_key_values):
         documents = packed_document_ids(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask)
@@ -369,6 +370,6 @@ LOSSES = {
 }
 
 __all__ = [
-    "KERNELS", "LOSSES", "apply_rotary_pos_emb", "causal_lm_loss", "check_ids", "cosines_and_sines",
+    "CACHE_NAME", "KERNELS", "LOSSES", "apply_rotary_pos_emb", "causal_lm_loss", "check_ids", "cosines_and_sines",
     "default_position_ids", "eager_attention_forward", "make_causal_mask", "rms_norm", "squared_relu",
 ]  # fmt: skip

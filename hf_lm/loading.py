@@ -4,6 +4,7 @@ Load a model and its tokenizer with all checks, for the command line and for Pyt
 Nothing here imports torch before a function is called: `hf-lm --help` has to answer at once.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def register_auto_classes() -> None:
             model_class = getattr(modeling, path.split(".")[1])
             getattr(transformers, auto_class).register(HfLmConfig, model_class, exist_ok=True)
             model_class.register_for_auto_class(auto_class)
+
+
+def register_with_vllm() -> None:
+    """
+    Let vLLM load hf_lm models without `trust_remote_code`. vLLM calls this in each of its processes, since
+    pyproject.toml names it as a plugin. Without vLLM it is `register_auto_classes`.
+    """
+    register_auto_classes()
+    if importlib.util.find_spec("vllm") is None:
+        return
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model("HfLmForCausalLM", "vllm.model_executor.models.transformers:TransformersForCausalLM")
 
 
 def require_model(path: str) -> str:

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hf_lm import AUTO_MAP, NORM_NAMES, READERS, HfLmConfig, call
 from .functional_hf_lm import (
+    CACHE_NAME,
     KERNELS,
     LOSSES,
     apply_rotary_pos_emb,
@@ -54,25 +55,36 @@ class HfLmRMSNorm(nn.Module):
     `x / sqrt(mean(x ** 2) + eps) * (weight + offset)`.
     """
 
-    def __init__(self, size: int, eps: float, offset: bool = False):
+    offset = 0.0
+
+    def __init__(self, size: int, eps: float = 1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
         self.eps = eps
-        self.offset = offset
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = self.weight.float() + 1.0 if self.offset else self.weight
+        weight = self.weight.float() + self.offset if self.offset else self.weight
         return rms_norm(hidden_states, weight, self.eps, self.training)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}, offset={self.offset}"
 
 
+class HfLmOffsetRMSNorm(HfLmRMSNorm):
+    """Gemma's norm. A class of its own: vLLM builds one by its size alone, and sees that the weights start at 0."""
+
+    offset = 1.0
+
+
+def build_rms_norm(config: HfLmConfig, size: int) -> HfLmRMSNorm:
+    return (HfLmOffsetRMSNorm if config.norm_offset else HfLmRMSNorm)(size, config.norm_eps)
+
+
 def build_norm(config: HfLmConfig) -> nn.Module:
     """The norm of the residual stream that `config` asks for."""
     if config.norm_type == "layernorm":
         return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
-    return HfLmRMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+    return build_rms_norm(config, config.hidden_size)
 
 
 class HfLmScaledEmbedding(nn.Embedding):
@@ -155,17 +167,17 @@ class HfLmAttention(nn.Module):
         self.o_proj.starts_at_zero = config.zero_init_residual
         if self.qk_norm is not None:
             per_head = self.qk_norm == "head"
-            self.q_norm = HfLmRMSNorm(self.head_dim if per_head else q_size, config.norm_eps, config.norm_offset)
-            self.k_norm = HfLmRMSNorm(self.head_dim if per_head else kv_size, config.norm_eps, config.norm_offset)
+            self.q_norm = build_rms_norm(config, self.head_dim if per_head else q_size)
+            self.k_norm = build_rms_norm(config, self.head_dim if per_head else kv_size)
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
+        cache = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -179,8 +191,8 @@ class HfLmAttention(nn.Module):
         if self.use_rope:
             cos, sin = position_embeddings
             query, key = apply_rotary_pos_emb(query, key, cos, sin, self.rope_interleaved, self.training)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged cache adds to `kwargs`
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -250,17 +262,13 @@ class HfLmDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         attention_input = self._norm(0, hidden_states)
         attention_output, _ = self.self_attn(
-            hidden_states=attention_input,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            hidden_states=attention_input, position_embeddings=position_embeddings, attention_mask=attention_mask,
             **kwargs,
-        )
+        )  # fmt: skip
         attention_output = self._branch(self._norm(1, attention_output))
         if self.parallel_residual == "shared":
             return hidden_states + attention_output + self._branch(self.mlp(attention_input))
@@ -275,7 +283,7 @@ class HfLmPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HfLmDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -300,7 +308,7 @@ class HfLmPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if getattr(module, "starts_at_zero", False) or (isinstance(module, HfLmRMSNorm) and module.offset):
+        if getattr(module, "starts_at_zero", False) or isinstance(module, HfLmOffsetRMSNorm):
             init.zeros_(module.weight)
         elif isinstance(module, HfLmScaledEmbedding):
             init.constant_(module.embed_scale, module.scalar_embed_scale)
@@ -407,8 +415,8 @@ class HfLmModel(HfLmPreTrainedModel):
             ValueError: both or neither input given, no tokens, ids outside the vocabulary, positions past the
                 learned ones.
         """
-        if isinstance(kwargs.get("cache"), Cache):  # its name in generation from transformers 5.24 on
-            past_key_values = kwargs.pop("cache")
+        if CACHE_NAME == "cache" or isinstance(kwargs.get("cache"), Cache):  # not yet the name of a paged cache alone
+            past_key_values = kwargs.pop("cache", past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -431,7 +439,7 @@ class HfLmModel(HfLmPreTrainedModel):
 
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
-            check_ids("position_ids", position_ids, self.embed_positions.num_embeddings)
+            check_ids("position_ids", position_ids, self.config.max_position_embeddings)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         hidden_states = self.embedding_dropout(hidden_states)
 
@@ -444,10 +452,10 @@ class HfLmModel(HfLmPreTrainedModel):
                 position_embeddings=position_embeddings[layer_type],
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
 
 class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
@@ -524,14 +532,9 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
             ValueError: as `HfLmModel.forward`, and labels outside the vocabulary.
         """
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
         hidden_states, loss = outputs.last_hidden_state, None
         is_skipping = skip_logits and labels is not None and self._may_skip_logits()
         chunked_loss = KERNELS.get("linear_cross_entropy") if is_skipping else None
@@ -544,13 +547,9 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
                 loss = chunked_loss(hidden_states, self.lm_head, labels, scale, cap, **kwargs)
             else:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=None if is_skipping else logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = None if is_skipping else logits
+        cache = outputs.get(CACHE_NAME)
+        return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
 
 
 # The library's heads build their base model with AutoModel, which refuses remote code: only their forward is used. It

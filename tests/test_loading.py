@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -23,6 +24,33 @@ def test_a_package_or_script_that_imports_hf_lm_registers_it(command, tmp_path):
     (tmp_path / "pkg" / "__init__.py").write_text("import hf_lm\n")
     (tmp_path / "pkg" / "train.py").write_text(f"import hf_lm\n{REGISTERED}\n")
     assert answer(sys.executable, *command, folder=tmp_path) == "True"
+
+
+PLUGIN = """
+import sys
+from importlib.metadata import EntryPoint
+EntryPoint(*sys.argv[1:]).load()()
+import transformers
+print(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("hf_lm")).__class__.__name__)
+"""
+VLLM = """
+class ModelRegistry:
+    @staticmethod
+    def register_model(architecture, model_class):
+        print(architecture, model_class)
+"""
+
+
+def test_vllm_finds_the_architecture_by_its_entry_point(repository, tmp_path):
+    """As vLLM calls the plugin: loaded by name, without `import hf_lm`. Without vLLM it does no harm."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ((name, value),) = project["entry-points"]["vllm.general_plugins"].items()
+    command = sys.executable, "-c", PLUGIN, name, value, "vllm.general_plugins"
+    assert answer(*command, folder=tmp_path) == "HfLmForCausalLM"
+    (tmp_path / "vllm.py").write_text(VLLM, encoding="utf-8")
+    first, second = answer(*command, folder=tmp_path).splitlines()
+    assert first == "HfLmForCausalLM vllm.model_executor.models.transformers:TransformersForCausalLM"
+    assert second == "HfLmForCausalLM"
 
 
 def test_help_of_the_module_imports_neither_torch_nor_transformers():

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lm import HfLmForCausalLM
-from hf_lm.modeling_hf_lm import HfLmAttention, HfLmRMSNorm
+from hf_lm.modeling_hf_lm import HfLmAttention, HfLmOffsetRMSNorm, HfLmRMSNorm
 
 
 def test_the_source_of_attention_says_what_vllm_reads_there():
@@ -37,7 +37,7 @@ class OneLevelTracer(torch.fx.Tracer):
 @pytest.mark.parametrize("offset", [False, True])
 def test_a_symbolic_trace_of_the_norm_is_the_plain_formula(offset):
     """vLLM finds the norm, and whether 1 is added to its weight, by these operations; else it could not shard it."""
-    norm = HfLmRMSNorm(8, 1e-3, offset)
+    norm = (HfLmOffsetRMSNorm if offset else HfLmRMSNorm)(8, 1e-3)
     torch.nn.init.normal_(norm.weight)
     graph = OneLevelTracer().trace(norm)
     names = [getattr(node.target, "__name__", str(node.target)) for node in graph.nodes]

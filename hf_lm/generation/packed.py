@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError
-from ..functional_hf_lm import eager_attention_forward
+from ..functional_hf_lm import CACHE_NAME, eager_attention_forward
 from ..hardware import has_fast_bfloat16
 from ..modeling_hf_lm import (
     HfLmAttention,
@@ -209,14 +209,17 @@ class SignedRotaryEmbedding(nn.Module):
         return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
 
 
-def append(cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def append(
+    cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int, kwargs: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `cache.update(key, value, index)`, `(batch, heads, tokens, head_dim)`, that does not copy all tokens for each new one: there is
-    room for as many again. Only what has no room left, or was replaced since (by the choice of beams), is copied.
+    `cache.update(key, value, index, kwargs=kwargs)`, `(batch, heads, tokens, head_dim)`, that does not copy all tokens for
+    each new one: there is room for as many again. Only what has no room left, or was replaced since (by the choice of beams), is copied.
     """
-    layer = cache.layers[index] if index < len(cache.layers) else None
+    layers = getattr(cache, "layers", ())  # a paged cache has none
+    layer = layers[index] if index < len(layers) else None
     if type(layer) is not DynamicLayer or not layer.get_seq_length() or cache.offloading:
-        return cache.update(key, value, index)
+        return cache.update(key, value, index, kwargs=kwargs)
     (*sizes, length, _), rooms = layer.keys.shape, getattr(layer, "rooms", None)
     total = length + key.shape[-2]
     ours = rooms is not None and rooms[0].data_ptr() == layer.keys.data_ptr() and [*rooms[0].shape[:2]] == sizes
@@ -234,9 +237,8 @@ def append(cache: Cache, key: torch.Tensor, value: torch.Tensor, index: int) -> 
 class PackedDecoderLayer(HfLmDecoderLayer):
     """A packed layer of the Llama kind (see `is_plain`) in as few operations as it takes."""
 
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ) -> torch.Tensor:
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs) -> torch.Tensor:
+        past_key_values = kwargs.pop(CACHE_NAME, None)
         attention, (batch, length, _), (cos, sin) = self.self_attn, hidden_states.shape, position_embeddings
         heads, kv_heads, size = self.heads, self.heads // attention.num_key_value_groups, attention.head_dim
         projected = attention.qkv_proj(self.input_layernorm(hidden_states)).view(batch, length, -1, size)
@@ -245,7 +247,7 @@ class PackedDecoderLayer(HfLmDecoderLayer):
         query, key = torch.split_with_sizes(turned, (heads, kv_heads), dim=1)
         value = value.transpose(1, 2)
         if past_key_values is not None:
-            key, value = append(past_key_values, key, value, attention.layer_idx)
+            key, value = append(past_key_values, key, value, attention.layer_idx, kwargs)
         kind = attention.config._attn_implementation
         if kind == "sdpa" and length == 1 and attention_mask is None:
             # Heads that share keys are as several queries of one head.
@@ -355,7 +357,7 @@ def optimize_for_inference(model: HfLmForCausalLM, int8: bool = False) -> HfLmFo
         model.model.rotary_emb = SignedRotaryEmbedding(model.model.rotary_emb)
     for module in list(model.modules()):
         for name, norm in module.named_children():
-            if type(norm) is HfLmRMSNorm:
+            if isinstance(norm, HfLmRMSNorm):
                 setattr(module, name, PackedRMSNorm(norm))
     bits, down_bits = (8, 8 if HAS_VNNI else 16) if int8 else (None, None)
     for layer in model.model.layers:

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from ..configuration_hf_lm import HfLmConfig
 from ..errors import InputError, one_line
 from ..files import as_table, library_is_silent, read_json
+from ..functional_hf_lm import CACHE_NAME
 from ..interop.folders import check_sizes, outside_paths
 from .card import USAGE, pipeline_tag_of
 from .files import missing_code, pickles
@@ -205,8 +206,8 @@ def cached_equals_uncached(patient: Patient) -> str | None:
     whole, cache, steps = patient.logits(patient.ids, use_cache=False), None, []
     with torch.no_grad():
         for ids in patient.ids.split(LENGTH // 4, dim=1):
-            output = patient.model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = patient.model(input_ids=ids, use_cache=True, **{CACHE_NAME: cache})
+            cache = output[CACHE_NAME]
             steps.append(output.logits)
     return difference(torch.cat(steps, dim=1), whole)
 

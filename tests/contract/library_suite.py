@@ -20,9 +20,18 @@ import transformers
 
 HARNESS = Path(__file__).parent / "harness"
 REPOSITORY = Path(__file__).parents[2]
-# SHA-256 of transformers-VERSION.tar.gz on the package index.
+# SHA-256 of transformers-VERSION.tar.gz on the package index, for each release that pyproject.toml allows.
 SOURCE_SHA256 = {
+    "5.20.0": "d82335f354755ff4dc557fa4080472192d2f19349d59b97e05ab981f4177c679",
+    "5.20.1": "25b30879e4c243f00630c1079171ede6d4f6bf76e68f978acd47628a640bc8a0",
+    "5.20.2": "080871e061546d720be57f5846fce426f46b44d61574907cc7404c2cba49d180",
+    "5.21.0": "43c971a3eb9ab68dc9dfff430f8ab8a0fba09af2f68b608fd70c6245d2ddb8e7",
+    "5.21.1": "65e82dfbe8d0d0d6d09d402dca28e60b3f483beadbb7bdd259ea0e33a04e2efa",
+    "5.22.0": "f2864f282383820089b21d104d55cb72118b8594f053c2cbeb58d0740f9ff662",
+    "5.22.1": "bed9fd76d6f43b4a1a9fc5d0c565ace7c77edbd029784f8cbcdf772cb5e924d8",
+    "5.22.2": "55f57e5cbd7c0b500b7a706daa0ecd76567b56ca139e6e02ef0bba0437e3a763",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
+    "5.24.0": "906cb8c3cb2123575e263962586a4d21a979ce97feeb95fe6aaf66fe6ae88bf3",
 }
 STAND_INS = {
     "src/transformers/__init__.py": "",

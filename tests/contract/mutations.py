@@ -45,7 +45,7 @@ MUTATIONS = {
         'mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)',
         "pass",
     ),
-    "cache not updated": (MODEL, "key, value = past_key_values.update(", "past_key_values.update("),
+    "cache not updated": (MODEL, "key, value = cache.update(", "cache.update("),
     "cached positions not counted": (FUNCTIONS, "device=inputs_embeds.device) + seen)", "device=inputs_embeds.device))"),
     "left padding shifts positions": (FUNCTIONS, "if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:", "if False:"),
     "wrong scale": (MODEL, "config.head_dim**-0.5", "config.hidden_size**-0.5"),

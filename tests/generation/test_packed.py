@@ -22,7 +22,7 @@ from hf_lm.generation.packed import (
     is_plain,
     optimize_for_inference,
 )
-from hf_lm.modeling_hf_lm import HfLmRMSNorm
+from hf_lm.modeling_hf_lm import HfLmOffsetRMSNorm, HfLmRMSNorm
 
 SMALL = {
     "vocab_size": 128,
@@ -262,7 +262,7 @@ def test_float32_weights_that_sixteen_bits_hold_are_read_in_sixteen_bits(rows):
 
 @pytest.mark.parametrize("offset", [False, True])
 def test_the_shorter_norm_equals_the_norm(offset):
-    norm = HfLmRMSNorm(64, 1e-5, offset).requires_grad_(False).eval()
+    norm = (HfLmOffsetRMSNorm if offset else HfLmRMSNorm)(64, 1e-5).requires_grad_(False).eval()
     norm.weight.normal_()
     x = torch.randn(3, 5, 64) * torch.logspace(-6, 3, 5)[:, None]
     torch.testing.assert_close(PackedRMSNorm(norm)(x), norm(x), rtol=2e-6, atol=1e-9)

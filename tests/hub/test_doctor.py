@@ -147,7 +147,7 @@ def test_a_model_whose_code_breaks_a_promise_is_found(finished_folder, monkeypat
         assert set(failures(finished_folder)) == {"loss does not depend on accumulation"}
     with monkeypatch.context() as patch:
 
-        def forgetful(self, *args, past_key_values=None, **kwargs):
+        def forgetful(self, *args, past_key_values=None, cache=None, **kwargs):
             return forward(self, *args, **kwargs)
 
         patch.setattr(HfLmForCausalLM, "forward", forgetful)

@@ -46,7 +46,7 @@ def test_a_run_leaves_everything_in_one_folder(small_run):
     for key in ("bits_per_byte", "perplexity", "train_tokens", "train_seconds", "peak_memory_bytes", "seed"):
         assert metrics[key] > 0
     assert len(metrics["data"]["sha256"]) == 64
-    assert metrics["versions"]["torch"] == torch.__version__
+    assert torch.__version__.split("+")[0] == metrics["versions"]["torch"].split("+")[0]  # the build has two spellings
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
