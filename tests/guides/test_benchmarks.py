@@ -35,8 +35,10 @@ def measure(side, delay, calls, seed=0):
     if side == "broken":
         raise ValueError("no such side")
     seconds = delay if side == "slow" else delay / 4
-    time.sleep(seconds)
-    return {"seconds": seconds, "process": os.getpid(), "words": "are left out"}
+    with harness.PeakMemory() as memory:
+        held = b"1" * (20 * 2**20)
+        time.sleep(0.1)
+    return {"seconds": seconds, "peak_mb": memory.peak_mb, "process": os.getpid(), "words": "are left out"}
 
 def build_parser():
     parser = harness.build_parser("Toy. More of it.")
@@ -78,6 +80,7 @@ def test_the_harness_measures_in_turn_in_processes_of_their_own(run_toy):
     processes = [numbers["process"] for measured in record["rounds"] for numbers in measured.values()]
     assert len(set(processes)) == 6
     assert record["numbers"]["sides"]["slow"]["seconds"] == 0.02
+    assert 18 < record["numbers"]["sides"]["slow"]["peak_mb"] < 40
     assert record["numbers"]["ratio"]["fast"]["seconds"] == {"median": 0.25, "lowest": 0.25, "highest": 0.25}
     assert (record["machine"], record["case"], record["raw"]) == ("toy machine", {"delay": 0.02}, True)
     assert record["recipe"]["file"] == "toy.py" and len(record["recipe"]["sha256"]) == 16
@@ -95,6 +98,24 @@ def test_a_finished_run_is_not_measured_again(run_toy):
 def test_a_measurement_that_fails_ends_the_benchmark_with_its_error(run_toy):
     done, records, _ = run_toy("--sides", "broken")
     assert done.returncode == 1 and "ValueError: no such side" in done.stderr and not records
+
+
+def test_a_table_is_made_of_the_last_record_of_each_case(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    table = importlib.import_module("render").table
+    (tmp_path / "speed.amx.jsonl").write_text(
+        "".join(
+            json.dumps({"machine": "amx", "seed": None, "case": {"rows": rows}, "numbers": {"ratio": ratio}}) + "\n"
+            for rows, ratio in ((1000, 1.1), (2000, 1.2), (1000, 1.5))
+        )
+    )
+    columns = {"rows": "{rows:,}", "times": {"show": "{ratio:.2f}", "goal": ">= 1.4"}}
+    text = table({"data": "speed.*", "columns": columns}, tmp_path)
+    assert text.splitlines()[2:] == ["| 1,000 | **1.50** |", "| 2,000 | 1.20 |"]
+    with pytest.raises(SystemExit, match="no record fills the columns"):
+        table({"data": "speed.*", "columns": {**columns, "memory": "{memory}"}}, tmp_path)
+    with pytest.raises(SystemExit, match="no such data"):
+        table({"data": "other", "columns": columns}, tmp_path)
 
 
 def test_pages_show_what_is_recorded():
