@@ -91,8 +91,8 @@ def test_what_is_not_known_is_asked_for_and_what_is_wrong_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_metric_that_a_task_does_not_report_is_refused_before_anything_is_read(recipe, tmp_path, task):
-    keys = task_files(tmp_path)[task] | {"train_file": "nowhere.jsonl", "metric_for_best_model": "f1"}
+def test_a_metric_that_a_task_does_not_report_is_refused_before_anything_is_read(recipe, task):
+    keys = {"task": task, "train_file": "nowhere.jsonl", "metric_for_best_model": "f1"}
     with pytest.raises(InputError, match="metric_for_best_model: f1 is not reported; possible are loss, "):
         train(*parse_recipe(recipe(**keys), []))
 
