@@ -19,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_lm import HfLmConfig
 from hf_lm.cli import COMMANDS, main
@@ -248,5 +249,10 @@ def test_the_reference_is_that_of_the_code():
     assert (GUIDES / "api.md").read_text(encoding="utf-8") == reference, "run recipes/guides/api_reference.py"
 
 
-def test_the_workflow_calls_the_same_script():
-    assert ".ci/run" in (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text()
+def test_the_workflows_run_the_quick_tests_at_each_push_and_ci_run_each_night():
+    folder = REPOSITORY / ".github" / "workflows"
+    jobs = {path.stem: yaml.safe_load(path.read_text())["jobs"] for path in folder.glob("*.yml")}
+    steps = {name: str([job["steps"] for job in of_file.values()]) for name, of_file in jobs.items()}
+    assert "pytest" in steps["ci"] and ".ci/run" in steps["nightly"]
+    minimum = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert minimum == ">=" + jobs["ci"]["quick"]["strategy"]["matrix"]["python"][0]
