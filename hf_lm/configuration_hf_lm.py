@@ -5,6 +5,7 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from transformers.utils.versions import require_version
@@ -16,6 +17,13 @@ from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
+# Fields that must be greater than 0 where they are given, and those that are at least 0 and less than 1.
+POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "sliding_window", "norm_eps", "attention_multiplier",
+    "attn_logit_softcapping", "embedding_multiplier", "residual_multiplier", "logit_scale", "final_logit_softcapping",
+)  # fmt: skip
+PROBABILITIES = "embedding_dropout", "residual_dropout", "attention_dropout", "classifier_dropout"
 PER_LAYER = {"layer_types": "layer_type", "no_rope_layers": "has_rope"}  # lists: the attribute of a layer
 
 # `"config"` and `"model"`: readers of other families' checkpoints, called in place of transformers' methods with the method
@@ -43,11 +51,6 @@ IMPORTED_LATER = """
 from .functional_hf_lm import check_ids
 from .modeling_hf_lm import HfLmModel
 """
-
-
-def call(load: Callable, *args, **kwargs):
-    """The reader where none is registered."""
-    return load(*args, **kwargs)
 
 
 def require(condition: bool, message: str) -> None:
@@ -197,19 +200,18 @@ class HfLmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self._require_positive("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        self.validate_sizes()
+        width, heads = self.hidden_size, self.num_attention_heads
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+            self.num_key_value_heads = heads
         if self.head_dim is None:
-            require(
-                self.hidden_size % self.num_attention_heads == 0,
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads}), unless head_dim is given.",
+            message = (
+                f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads}), unless head_dim is given."
             )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            require(width % heads == 0, message)
+            self.head_dim = width // heads
         if self.intermediate_size is None:
-            is_plain = self.mlp_type == "plain"
-            self.intermediate_size = self.hidden_size * 4 if is_plain else -(-self.hidden_size // 12) * 32
+            self.intermediate_size = width * 4 if self.mlp_type == "plain" else -(-width // 12) * 32
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
@@ -218,8 +220,7 @@ class HfLmConfig(PreTrainedConfig):
             if values and len(set(values)) == 1:  # tools that add or remove layers write num_hidden_layers alone
                 setattr(self, name, values[:1] * self.num_hidden_layers)
         super().__post_init__(**kwargs)
-        # The library calls these as well, but wraps what they raise in an exception that is no ValueError.
-        self.validate_sizes()
+        # transformers calls these as well, but wraps what they raise in an exception that is no ValueError.
         self.validate_heads()
         self.validate_layers()
         self.validate_blocks()
@@ -244,7 +245,8 @@ class HfLmConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
         """As in transformers; with a reader, the config.json of other families as well."""
         load = super().get_config_dict
-        return READERS.get("config", call)(load, pretrained_model_name_or_path, **kwargs)
+        load = partial(READERS["config"], load) if "config" in READERS else load
+        return load(pretrained_model_name_or_path, **kwargs)
 
     def to_dict(self) -> dict:
         add_default_adapter_targets()  # PEFT asks for this dict before it looks up the targets
@@ -260,55 +262,42 @@ class HfLmConfig(PreTrainedConfig):
                 setattr(self, name, getattr(self, name)[: self.num_hidden_layers])
         known = self.__dict__.pop("auto_map", None) or {}
         if self._auto_class is not None:
-
-            def is_here(reference: str) -> bool:
-                return os.path.isfile(os.path.join(save_directory, f"{reference.split('.')[0]}.py"))
-
             # Of what was in the map, only a class whose file was just written: that of a model derived from ours.
-            self.auto_map = AUTO_MAP | {key: value for key, value in known.items() if is_here(str(value))}
+            names = os.listdir(save_directory) if os.path.isdir(save_directory) else []
+            written = {key: value for key, value in known.items() if f"{str(value).split('.')[0]}.py" in names}
+            self.auto_map = AUTO_MAP | written
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             if known:
                 self.auto_map = known
 
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
+    def validate_sizes(self):
+        """Numbers are in their ranges, and the padding token is in the vocabulary."""
+        pad, last, spread = self.pad_token_id, self.vocab_size - 1, self.initializer_range
+        for name in POSITIVE:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be greater than 0, got {value}.")
-
-    def validate_sizes(self):
-        """Sizes and divisors are positive, probabilities are probabilities, factors are not negative."""
-        self._require_positive(
-            "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
-            "norm_eps", "attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping",
-            "embedding_multiplier", "residual_multiplier", "logit_scale",
-        )  # fmt: skip
-        spread, pad, last = self.initializer_range, self.pad_token_id, self.vocab_size - 1
+        for name in PROBABILITIES:
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"{name} must be at least 0 and less than 1, got {value}.")
         require(0.0 <= spread <= 1.0, f"initializer_range must be between 0 and 1, got {spread}.")
         is_id = pad is None or 0 <= pad <= last
         require(is_id, f"pad_token_id must be between 0 and vocab_size - 1 ({last}), got {pad}.")
-        for name in ("embedding_dropout", "residual_dropout", "attention_dropout", "classifier_dropout"):
-            value = getattr(self, name)
-            require(0.0 <= value < 1.0, f"{name} must be at least 0 and less than 1, got {value}.")
 
     def validate_heads(self):
         """Query heads share key/value heads evenly; a rotated head has an even number of rotated dimensions."""
-        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        heads, shared, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
         message = f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared})."
         require(heads % shared == 0, message)
         for rope in self.rope_parameters_by_layer_type().values():
-            rope_type, known = rope["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
+            rope_type, theta, known = rope["rope_type"], rope.get("rope_theta", 1.0), ("default", *ROPE_INIT_FUNCTIONS)
+            rotated = int(size * (rope.get("partial_rotary_factor") or 1.0))
             require(rope_type in known, f"rope_type must be one of {', '.join(known)}, got {rope_type!r}.")
-            rotated = int(self.head_dim * (rope.get("partial_rotary_factor") or 1.0))
-            require(
-                rotated % 2 == 0 and 0 < rotated <= self.head_dim,
-                f"The rotated part of a head must be even and between 2 and head_dim ({self.head_dim}), got "
-                f"{rotated} from rope_parameters {rope}.",
-            )
+            message = f"The rotated part of a head must be even and between 2 and head_dim ({size}), got {rotated}"
+            require(rotated % 2 == 0 and 0 < rotated <= size, f"{message} from rope_parameters {rope}.")
             is_defined = rope_type != "dynamic" or rotated > 2  # its formula divides by rotated - 2
             require(is_defined, f'rope_type "dynamic" needs more than 2 rotated dimensions a head, got {rotated}.')
-            theta = rope.get("rope_theta", 1.0)
             require(theta > 0, f"rope_theta must be greater than 0, got {theta}.")
 
     def validate_layers(self):
@@ -321,24 +310,22 @@ class HfLmConfig(PreTrainedConfig):
         require(not unknown, f"layer_types may hold {' and '.join(ATTENTION_LAYER_TYPES)}, got {unknown}.")
         has_window = "sliding_attention" not in types or self.sliding_window is not None
         require(has_window, "layer_types holds sliding_attention, which needs sliding_window (tokens), got None.")
-        if with_rope is not None:
-            is_rotary = self.position_embedding_type == "rope"
-            require(is_rotary, 'no_rope_layers needs position_embedding_type "rope", got "learned".')
-            is_binary = set(with_rope) <= {0, 1}
-            require(is_binary, f"no_rope_layers may hold 0 (no rotary) and 1 (rotary), got {with_rope}.")
+        is_rotary = with_rope is None or self.position_embedding_type == "rope"
+        require(is_rotary, 'no_rope_layers needs position_embedding_type "rope", got "learned".')
+        is_binary = set(with_rope or ()) <= {0, 1}
+        require(is_binary, f"no_rope_layers may hold 0 (no rotary) and 1 (rotary), got {with_rope}.")
 
     def validate_blocks(self):
         """Norms, residual paths and activations that can be built together."""
         from transformers.activations import ACT2FN  # here, since it loads torch
 
         act, parallel, position = self.hidden_act, self.parallel_residual, self.norm_position
-        require(act in ACT2FN, f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {act!r}.")
-        can_be_parallel = parallel == "none" or position == "pre"
-        require(can_be_parallel, f'parallel_residual "{parallel}" needs norm_position "pre", got "{position}".')
         is_layernorm = self.norm_type == "layernorm"
-        require(
-            not (is_layernorm and self.norm_offset), 'norm_offset is for norm_type "rmsnorm" only, got "layernorm".'
-        )
+        can_be_parallel = parallel == "none" or position == "pre"
+        require(act in ACT2FN, f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {act!r}.")
+        require(can_be_parallel, f'parallel_residual "{parallel}" needs norm_position "pre", got "{position}".')
+        has_offset = is_layernorm and self.norm_offset
+        require(not has_offset, 'norm_offset is for norm_type "rmsnorm" only, got "layernorm".')
         require(is_layernorm or not self.norm_bias, 'norm_bias is for norm_type "layernorm" only, got "rmsnorm".')
 
     @property
@@ -347,8 +334,6 @@ class HfLmConfig(PreTrainedConfig):
         Tensor parallelism: each rank computes some of the heads and a part of the MLP's width. A norm over the width of
         all heads needs them gathered, as in OLMo2.
         """
-        if "base_model_tp_plan" in self.__dict__:
-            return self.__dict__["base_model_tp_plan"]
         gathered = self.qk_norm == "full"
         plan = {
             f"layers.*.self_attn.{name}_proj": "colwise_gather_output" if gathered else "colwise" for name in "qkv"
@@ -358,7 +343,8 @@ class HfLmConfig(PreTrainedConfig):
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if self.mlp_type == "gated":
             plan["layers.*.mlp.gate_proj"] = "colwise"
-        return plan | {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+        plan |= {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+        return self.__dict__.get("base_model_tp_plan", plan)
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]):
@@ -380,6 +366,3 @@ class HfLmConfig(PreTrainedConfig):
         missing = ", ".join(layer_type for layer_type in layer_types if not rope.get(layer_type))
         require(not missing, f"rope_parameters has no entry for {missing}; it has {', '.join(rope)}.")
         return {layer_type: rope[layer_type] for layer_type in layer_types}
-
-
-__all__ = ["AUTO_MAP", "READERS", "HfLmConfig"]

@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_lm authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The functions of the model that hold no weights: masks, rotary positions, attention, norm, activation, losses.
+The functions of the model that hold no weights: masks, rotary positions, attention, norm, losses.
 
 All are plain formulas. The hf_lm package replaces some by faster functions with the same values and gradients.
 """
@@ -13,34 +13,22 @@ from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.loss.loss_utils import (
-    ForCausalLMLoss,
-    ForSequenceClassificationLoss,
-    ForTokenClassification,
-    fixed_cross_entropy,
-)
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    packed_sequence_mask_function,
-)
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers import Cache, PreTrainedConfig
+from transformers.loss import loss_utils
+from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_torch_fx_proxy, is_tracing
 
 # What transformers calls the cache: past_key_values before 5.24, cache since.
-CACHE_NAME = "past_key_values" if "past_key_values" in inspect.signature(create_causal_mask).parameters else "cache"
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
 
-# Replacements of the functions marked `replaceable`, by name, and `linear_cross_entropy`, the loss without the logits.
-# `hf_lm/kernels` fills this in; in a copy of this file from the Hub it stays empty.
+# Replacements of the functions marked `replaceable` and of activations, by name, and `linear_cross_entropy`, the loss
+# without the logits. `hf_lm/kernels` fills this in; in a copy of this file from the Hub it stays empty.
 KERNELS: dict[str, Callable] = {}
 
 
 def replaceable(formula: Callable) -> Callable:
-    """Let `KERNELS` replace a function."""
+    """Let `KERNELS` replace a function. Its argument `training`, if any, is for replacements with their own gradient."""
 
     @wraps(formula)
     def compute(*args, **kwargs):
@@ -94,7 +82,7 @@ def make_causal_mask(
     no_cache = past_key_values is None
     if cu_seq_lens is not None and no_cache and uses_varlen(config, inputs_embeds):
         return dict.fromkeys(config.layer_types), {}
-    attention_kwargs, mask_kwargs = {}, {}
+    attention_kwargs, document_mask = {}, None
     is_2d = attention_mask is None or attention_mask.ndim == 2
     if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and nothing_cached(past_key_values):
         documents = packed_document_ids(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask)
@@ -109,7 +97,7 @@ def make_causal_mask(
                 length = documents.shape[1]
                 sizes = [past_key_values.get_mask_sizes(length, i)[0] for i in range(config.num_hidden_layers)]
                 documents = nn.functional.pad(documents, (0, max(sizes) - length), value=-1)
-            mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
+            document_mask = packed_sequence_mask_function(documents)
 
     # The mask takes the dtype of the embeddings; under autocast the scores it is added to have another.
     mixed = autocast_dtype(inputs_embeds.device.type)
@@ -117,12 +105,9 @@ def make_causal_mask(
         inputs_embeds = inputs_embeds[..., :1].to(mixed)
     if past_key_values is not None and config._attn_implementation == "flex_attention":
         past_key_values = with_lengths_kept(past_key_values)
-    build = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    mask_kwargs[CACHE_NAME] = past_key_values
-    masks = {
-        layer_type: build[layer_type](config, inputs_embeds, attention_mask, **mask_kwargs)
-        for layer_type in set(config.layer_types)
-    }
+    masks = create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, and_mask_function=document_mask
+    )
     return masks, attention_kwargs
 
 
@@ -151,16 +136,9 @@ def uses_varlen(config: PreTrainedConfig, inputs_embeds: Tensor) -> bool:
 
 def packed_document_ids(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """
-    Number the documents of each row: a new one starts where a position does not follow on the one before it.
-
+    Number the documents of each row from 0: a new one starts where a position does not follow on the one before it.
     Padding (`attention_mask == 0`) is stepped over: positions on both of its sides may follow on each other.
-
-    Args:
-        position_ids: `(batch, sequence)`.
-        attention_mask: `(batch, sequence)`, 1 for real tokens.
-
-    Returns:
-        `(batch, sequence)`, counting from 0 in each row.
+    Arguments and result are `(batch, sequence)`.
     """
     index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
     real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -221,7 +199,6 @@ def apply_rotary_pos_emb(
     Args:
         q, k: `(batch, heads, sequence, head_dim)`.
         cos, sin: `(batch, sequence, rotated dims)`, the same for both numbers of a pair.
-        training: for replacements that have a gradient of their own.
     """
     cos, sin = cos.unsqueeze(1).to(q.dtype), sin.unsqueeze(1).to(q.dtype)
     rotated = cos.shape[-1]
@@ -247,7 +224,7 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **kwargs: Unpack[TransformersKwargs],
+    **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """
     `softmax(scaling Q K^T + mask) V` (arXiv:1706.03762) written out. The softmax of 16-bit scores adds up in float32.
@@ -272,34 +249,19 @@ def eager_attention_forward(
     return output.transpose(1, 2).contiguous(), weights
 
 
-def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The formula of `rms_norm` in float32, as tools that trace a model look for it."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
 @replaceable
 def rms_norm(x: Tensor, weight: Tensor, eps: float, training: bool = False) -> Tensor:
     """
-    `x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension, computed in float32.
-
-    Args:
-        training: for replacements that have a gradient of their own.
-
-    Returns:
-        The dtype of `x`, or under autocast that of autocast, which the linear layer that follows would turn it to.
+    `x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension, computed in float32. Returns the dtype of `x`, or
+    under autocast that of autocast, which the linear layer that follows would turn it to.
     """
-    if is_torch_fx_proxy(x):
-        return plain_rms_norm(x.float(), weight, eps).to(x.dtype)
+    if is_torch_fx_proxy(x):  # tools that trace a model look for these operations
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
     dtype = autocast_dtype(x.device.type) or x.dtype
     if x.dtype == weight.dtype:
         return nn.functional.rms_norm(x, weight.shape, weight, eps).to(dtype)
     return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
-
-
-@replaceable
-def squared_relu(x: Tensor, training: bool = False) -> Tensor:
-    """`relu(x) ** 2` (arXiv:2109.08668)."""
-    return nn.functional.relu(x).square()
 
 
 def number_of_items(labels: Tensor, given: Tensor | int | None = None, ignore_index: int = -100) -> Tensor | int:
@@ -311,65 +273,44 @@ def number_of_items(labels: Tensor, given: Tensor | int | None = None, ignore_in
     return number + (number == 0)
 
 
+# The losses of the heads take the arguments of those of transformers, but are 0 instead of NaN where no label counts.
 def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor | None,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs,
+    logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
 ) -> Tensor:
-    """`ForCausalLMLoss` of transformers, but 0 where no label counts."""
+    """Next-token loss: logits `(batch, sequence, vocabulary)`; labels `(batch, sequence)`, shifted here."""
     learned = labels[..., 1:] if shift_labels is None else shift_labels
     number = number_of_items(learned, num_items_in_batch, ignore_index)
-    return ForCausalLMLoss(logits, labels, vocab_size, number, ignore_index, shift_labels, **kwargs)
+    return loss_utils.ForCausalLMLoss(logits, labels, vocab_size, number, ignore_index, shift_labels, **kwargs)
 
 
-def sequence_classification_loss(
-    labels: Tensor, pooled_logits: Tensor, config: PreTrainedConfig, num_items_in_batch=None, **kwargs
-) -> Tensor:
-    """`ForSequenceClassificationLoss` of transformers, but 0 where no label counts."""
+def sequence_classification_loss(labels, pooled_logits, config, num_items_in_batch=None, **kwargs) -> Tensor:
+    """Loss of texts: logits `(batch, labels)`; labels `(batch,)`, multi-label and regression: `(batch, labels)`."""
     number = number_of_items(labels, num_items_in_batch)
-    return ForSequenceClassificationLoss(labels, pooled_logits, config, num_items_in_batch=number)
+    return loss_utils.ForSequenceClassificationLoss(labels, pooled_logits, config, num_items_in_batch=number)
 
 
-def token_classification_loss(
-    logits: Tensor, labels: Tensor, config: PreTrainedConfig, num_items_in_batch=None, **kwargs
-) -> Tensor:
-    """`ForTokenClassification` of transformers, but 0 where no label counts."""
-    return ForTokenClassification(
-        logits, labels, config, num_items_in_batch=number_of_items(labels, num_items_in_batch)
-    )
+def token_classification_loss(logits, labels, config, num_items_in_batch=None, **kwargs) -> Tensor:
+    """Loss of tokens: logits `(batch, sequence, labels)`; labels `(batch, sequence)`."""
+    number = number_of_items(labels, num_items_in_batch)
+    return loss_utils.ForTokenClassification(logits, labels, config, num_items_in_batch=number)
 
 
 def question_answering_loss(
-    start_logits: Tensor,
-    end_logits: Tensor,
-    start_positions: Tensor,
-    end_positions: Tensor,
-    num_items_in_batch=None,
-    **kwargs,
+    start_logits, end_logits, start_positions, end_positions, num_items_in_batch=None, **kwargs
 ) -> Tensor:
-    """`ForQuestionAnsweringLoss` of transformers, but 0 where no position counts; -100 does not count either."""
+    """Loss of spans: logits `(batch, sequence)`, positions `(batch,)`; -100 and those past the end do not count."""
     losses = []
     for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
         positions = positions.view(-1).to(logits.device)
         is_outside = (positions == -100) | (positions >= logits.shape[1])
         labels = positions.clamp(min=0).masked_fill(is_outside, -100)
-        losses.append(fixed_cross_entropy(logits, labels, number_of_items(labels, num_items_in_batch)))
+        losses.append(loss_utils.fixed_cross_entropy(logits, labels, number_of_items(labels, num_items_in_batch)))
     return sum(losses) / 2
 
 
-# The losses of the heads, by the name in transformers' `LOSS_MAPPING`.
-LOSSES = {
+LOSSES = {  # by the name in transformers' `LOSS_MAPPING`
     "ForCausalLM": causal_lm_loss,
     "ForSequenceClassification": sequence_classification_loss,
     "ForTokenClassification": token_classification_loss,
     "ForQuestionAnswering": question_answering_loss,
 }
-
-__all__ = [
-    "CACHE_NAME", "KERNELS", "LOSSES", "apply_rotary_pos_emb", "causal_lm_loss", "check_ids", "cosines_and_sines",
-    "default_position_ids", "eager_attention_forward", "make_causal_mask", "rms_norm", "squared_relu",
-]  # fmt: skip

@@ -22,14 +22,14 @@ def register_auto_classes() -> None:
 
     from . import kernels
     from . import modeling_hf_lm as modeling
-    from .configuration_hf_lm import HfLmConfig
+    from .configuration_hf_lm import AUTO_MAP, HfLmConfig
     from .interop.reader import install
 
     kernels.enable()
     install()
     transformers.AutoConfig.register(HfLmConfig.model_type, HfLmConfig, exist_ok=True)
     HfLmConfig.register_for_auto_class("AutoConfig")
-    for auto_class, path in modeling.AUTO_MAP.items():
+    for auto_class, path in AUTO_MAP.items():
         if auto_class != "AutoConfig":
             model_class = getattr(modeling, path.split(".")[1])
             getattr(transformers, auto_class).register(HfLmConfig, model_class, exist_ok=True)

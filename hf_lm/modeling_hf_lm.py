@@ -9,43 +9,29 @@ The file stands alone (torch, transformers and its two siblings): they are copie
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
+from transformers import modeling_layers as generic
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_hf_lm import AUTO_MAP, NORM_NAMES, READERS, HfLmConfig, call
-from .functional_hf_lm import (
-    CACHE_NAME,
-    KERNELS,
-    LOSSES,
-    apply_rotary_pos_emb,
-    causal_lm_loss,
-    check_ids,
-    cosines_and_sines,
-    default_position_ids,
-    eager_attention_forward,
-    make_causal_mask,
-    rms_norm,
-    squared_relu,
+from .configuration_hf_lm import NORM_NAMES, READERS, HfLmConfig
+
+from .functional_hf_lm import (  # isort: skip
+    CACHE_NAME, KERNELS, LOSSES, apply_rotary_pos_emb, causal_lm_loss, check_ids, cosines_and_sines,
+    default_position_ids, eager_attention_forward, make_causal_mask, rms_norm,
 )  # fmt: skip
 
 
@@ -177,6 +163,14 @@ class HfLmAttention(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
+        """
+        `(batch, sequence, hidden)` in and out; also the weights, from implementations of attention that have them.
+
+        Args:
+            position_embeddings: cosines and sines of rotary positions, each `(batch, sequence, rotated dims)`.
+            attention_mask: as the implementation takes it: `(batch, 1 or heads, queries, keys)`, or None.
+            kwargs: among them the cache, by its name in transformers, to which keys and values are added.
+        """
         cache = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
@@ -204,13 +198,6 @@ class HfLmAttention(nn.Module):
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
-class HfLmSquaredReLU(nn.Module):
-    """The library's activation `"relu2"`, trained faster (see `squared_relu`)."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return squared_relu(hidden_states, self.training)
-
-
 class HfLmMLP(nn.Module):
     """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))` (arXiv:2002.05202)."""
 
@@ -222,7 +209,8 @@ class HfLmMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.starts_at_zero = config.zero_init_residual
-        self.act_fn = HfLmSquaredReLU() if config.hidden_act == "relu2" else ACT2FN[config.hidden_act]
+        act = config.hidden_act
+        self.act_fn = KERNELS[act]() if act in KERNELS else ACT2FN[act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.gate_proj is None:
@@ -257,18 +245,10 @@ class HfLmDecoderLayer(GradientCheckpointingLayer):
         output = self.residual_dropout(output) if self.training else output
         return output if self.residual_multiplier == 1.0 else output * self.residual_multiplier
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        """`(batch, sequence, hidden)` in and out; further arguments as in `HfLmAttention.forward`, by name."""
         attention_input = self._norm(0, hidden_states)
-        attention_output, _ = self.self_attn(
-            hidden_states=attention_input, position_embeddings=position_embeddings, attention_mask=attention_mask,
-            **kwargs,
-        )  # fmt: skip
+        attention_output, _ = self.self_attn(hidden_states=attention_input, **kwargs)
         attention_output = self._branch(self._norm(1, attention_output))
         if self.parallel_residual == "shared":
             return hidden_states + attention_output + self._branch(self.mlp(attention_input))
@@ -289,21 +269,16 @@ class HfLmPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HfLmDecoderLayer, "attentions": HfLmAttention}
-    chosen_loss: Callable | None = None  # set through `loss_function`
+
+    def __init__(self, config: HfLmConfig):
+        super().__init__(config)
+        if self.loss_type in LOSSES:  # unlike those of transformers, 0 instead of NaN where no label counts
+            self.loss_function = LOSSES[self.loss_type]
 
     @property
     def _supports_sdpa(self) -> bool:
         """SDPA has no soft cap: models with one fall back to eager attention, and say so if SDPA is asked for."""
         return self.config.attn_logit_softcapping is None
-
-    @property
-    def loss_function(self) -> Callable:
-        """That of transformers, but 0 instead of NaN where no label counts; or the one that was set."""
-        return self.chosen_loss or LOSSES.get(self.loss_type) or super().loss_function
-
-    @loss_function.setter
-    def loss_function(self, value: Callable):
-        self.chosen_loss = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -316,7 +291,9 @@ class HfLmPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; with a reader, checkpoints of other families as well, and none that lacks weights."""
-        return READERS.get("model", call)(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        load = super().from_pretrained
+        load = partial(READERS["model"], load) if "model" in READERS else load
+        return load(pretrained_model_name_or_path, *args, **kwargs)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """Weights of the layers' linear maps, which an optimizer of whole matrices such as Muon trains."""
@@ -371,17 +348,14 @@ class HfLmModel(HfLmPreTrainedModel):
     @staticmethod
     def _build_rotary_embeddings(config: HfLmConfig) -> nn.Module | None:
         """None, one module for all layers, or a dict of one for each layer type whose parameters differ."""
-        rope = config.rope_parameters_by_layer_type()
-        if not rope:
-            return None
-        if rope[config.layer_types[0]] is config.rope_parameters:
-            return HfLmRotaryEmbedding(config)
-        modules = {}
-        for layer_type, parameters in rope.items():
+        modules = nn.ModuleDict()
+        for layer_type, parameters in config.rope_parameters_by_layer_type().items():
+            if parameters is config.rope_parameters:
+                return HfLmRotaryEmbedding(config)
             layer_config = copy(config)
             layer_config.rope_parameters = parameters
             modules[layer_type] = HfLmRotaryEmbedding(layer_config)
-        return nn.ModuleDict(modules)
+        return modules or None
 
     def _position_embeddings(self, hidden_states: Tensor, position_ids: Tensor) -> dict:
         """`{layer type: (cos, sin)}`, each of shape `(batch, sequence, rotated dims)`."""
@@ -448,13 +422,9 @@ class HfLmModel(HfLmPreTrainedModel):
         for i, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             layer_type = getattr(decoder_layer, "layer_type", self.config.layer_types[i])
             hidden_states = decoder_layer(
-                hidden_states,
-                position_embeddings=position_embeddings[layer_type],
-                attention_mask=masks[layer_type],
-                position_ids=position_ids,
-                **{CACHE_NAME: past_key_values},
-                **kwargs,
-            )
+                hidden_states, position_embeddings=position_embeddings[layer_type], attention_mask=masks[layer_type],
+                position_ids=position_ids, **{CACHE_NAME: past_key_values}, **kwargs,
+            )  # fmt: skip
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
 
@@ -473,10 +443,8 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def compute_logits(self, hidden_states: Tensor, skip: bool = False) -> Tensor | None:
-        """`(..., hidden)` after the final norm -> `(..., vocabulary)`, or None where they are skipped."""
-        if skip:
-            return None
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """`(..., hidden)` after the final norm -> `(..., vocabulary)`."""
         logits = self.lm_head(hidden_states)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
@@ -539,7 +507,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         is_skipping = skip_logits and labels is not None and self._may_skip_logits()
         chunked_loss = KERNELS.get("linear_cross_entropy") if is_skipping else None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.compute_logits(hidden_states[:, kept, :], skip=chunked_loss is not None)
+        logits = self.compute_logits(hidden_states[:, kept, :]) if chunked_loss is None else None
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
             if chunked_loss is not None:
@@ -552,9 +520,9 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
 
 
-# The library's heads build their base model with AutoModel, which refuses remote code: only their forward is used. It
+# transformers' heads build their base model with AutoModel, which refuses remote code: only their forward is used. It
 # leaves out `num_items_in_batch`, so the Trainer must not count on it: gradient accumulation would multiply the loss.
-class HfLmForSequenceClassification(GenericForSequenceClassification, HfLmPreTrainedModel):
+class HfLmForSequenceClassification(generic.GenericForSequenceClassification, HfLmPreTrainedModel):
     """A label for the whole text, from its last token that is not padding (on either side)."""
 
     accepts_loss_kwargs = False
@@ -567,7 +535,7 @@ class HfLmForSequenceClassification(GenericForSequenceClassification, HfLmPreTra
         self.post_init()
 
 
-class HfLmForTokenClassification(GenericForTokenClassification, HfLmPreTrainedModel):
+class HfLmForTokenClassification(generic.GenericForTokenClassification, HfLmPreTrainedModel):
     """A label for each token."""
 
     accepts_loss_kwargs = False
@@ -581,7 +549,7 @@ class HfLmForTokenClassification(GenericForTokenClassification, HfLmPreTrainedMo
         self.post_init()
 
 
-class HfLmForQuestionAnswering(GenericForQuestionAnswering, HfLmPreTrainedModel):
+class HfLmForQuestionAnswering(generic.GenericForQuestionAnswering, HfLmPreTrainedModel):
     """Start and end of the answer inside the text."""
 
     def __init__(self, config: HfLmConfig):
@@ -592,8 +560,3 @@ class HfLmForQuestionAnswering(GenericForQuestionAnswering, HfLmPreTrainedModel)
 
 
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HfLmConfig.model_type] = "HfLmForCausalLM"  # Trainer's label smoothing shifts these
-
-__all__ = [
-    "AUTO_MAP", "HfLmForCausalLM", "HfLmForQuestionAnswering", "HfLmForSequenceClassification",
-    "HfLmForTokenClassification", "HfLmModel", "HfLmPreTrainedModel",
-]  # fmt: skip

@@ -79,6 +79,10 @@ def test_tasks_hold_the_recipe_and_hand_on_everything_else(path: Path):
             assert not {name for name in stored if name.startswith("self.")}, f"{path.name}: {function.name}"
 
 
+def test_hub_files_are_short_enough_to_read_before_they_are_trusted():
+    assert sum(len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in HUB_FILES) <= 1250
+
+
 def test_text_files_name_their_encoding():
     """Without one, Windows and some locales read and write another than UTF-8."""
     for path in [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("recipes/**/*.py")]:

@@ -167,7 +167,14 @@ class _SquaredReLU(torch.autograd.Function):
 
 def squared_relu(x: torch.Tensor, training: bool = False) -> torch.Tensor:
     """
-    The formula of this name. In training its gradient takes two passes: forward and backward of 1,024 x 512 values 1.31
-    instead of 3.69 ms (CPU, one thread).
+    `relu(x) ** 2` (arXiv:2109.08668). In training its gradient takes two passes: forward and backward of 1,024 x 512
+    values 1.31 instead of 3.69 ms (CPU, one thread).
     """
     return _SquaredReLU.apply(x)[0] if training and uses_plain_backward() else nn.functional.relu(x).square()
+
+
+class SquaredReLU(nn.Module):
+    """The activation `"relu2"` of transformers, by `squared_relu`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return squared_relu(hidden_states, self.training)

@@ -135,7 +135,7 @@ def test_the_code_of_the_card_runs(model_folder, monkeypatch, capsys):
     monkeypatch.chdir(model_folder.parent)
     config = AutoConfig.from_pretrained(model_folder)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    classes = {path.split(".")[1] for path in hf_lm.modeling_hf_lm.AUTO_MAP.values()} - {"HfLmConfig"}
+    classes = {path.split(".")[1] for path in hf_lm.configuration_hf_lm.AUTO_MAP.values()} - {"HfLmConfig"}
     for name in [*sorted(classes), "chat"]:
         if name == "chat":
             (model_folder / "chat_template.jinja").write_text(template)

@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_imports
 
 import hf_lm
 from hf_lm import HfLmForCausalLM
-from hf_lm.modeling_hf_lm import AUTO_MAP
+from hf_lm.configuration_hf_lm import AUTO_MAP
 
 CODE = {"configuration_hf_lm.py", "modeling_hf_lm.py"}
 
