@@ -55,6 +55,23 @@ def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in decoder_layers(base).parameters() if parameter.ndim == 2]
 
 
+def unread_matmuls(model: nn.Module) -> frozenset[tuple[int, int]]:
+    """
+    Return the weight shapes `(inputs, outputs)` of the matmuls that a recomputed layer can leave out, as the layers'
+    own `unread_linear` says, unless another linear map of a layer has the same shape.
+    """
+    unread, others = set(), set()
+    for layer in model.modules():
+        if hasattr(layer, "unread_linear"):
+            last = layer.unread_linear()
+            inside = set() if last is None else set(last.modules())  # an adapter's matrices too
+            linear = [module for module in layer.modules() if isinstance(module, nn.Linear) and module not in inside]
+            others.update((module.in_features, module.out_features) for module in linear)
+            if last is not None:
+                unread.add((last.in_features, last.out_features))
+    return frozenset(unread - others)
+
+
 def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:
     """
     Floating-point operations of forward and backward for each token, as `torch.utils.flop_counter` counts them on

@@ -240,6 +240,11 @@ class HfLmDecoderLayer(GradientCheckpointingLayer):
         name = self.norm_names[place]
         return hidden_states if name is None else getattr(self, name)(hidden_states)
 
+    def unread_linear(self) -> nn.Module | None:
+        """The last linear map, if its output is only added to the residual stream: recomputation can leave it out."""
+        is_read = self.norm_names[3] is not None or self.residual_dropout.p > 0
+        return None if is_read else self.mlp.down_proj
+
     def _branch(self, output: Tensor) -> Tensor:
         """What a sub-layer adds to the residual stream."""
         output = self.residual_dropout(output) if self.training else output

@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from datasets import IterableDataset
@@ -18,14 +18,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from ..anatomy import decoder_layers, flops_per_token, matrix_parameters, parameters_by_part
+from ..anatomy import decoder_layers, flops_per_token, matrix_parameters, parameters_by_part, unread_matmuls
 from ..errors import InputError, one_line
 from ..hardware import DEVICES, assumed_watts, describe_hardware, has_fast_bfloat16, memory_of
 from ..interop.adapters import add_adapter
 from ..kernels.loss import slice_shape
 from ..tasks import task_class
 from ..tasks.base import PreparedData, Task
-from ..training.device_tuning import is_dear
+from ..training.device_tuning import should_save
 from ..training.optimizers import newton_schulz_flops
 from .forecast import forecast
 
@@ -53,11 +53,11 @@ def flops_by_part(
 
 
 class _KeptOutputs(TorchDispatchMode):
-    """Hands `keep` what layers that compute cheap things twice keep, and autocast's copies of parameters."""
+    """Hands `keep` what recomputed layers save (`should_save`), and autocast's copies of parameters."""
 
-    def __init__(self, config, keep: Callable, is_parameter: Callable):
+    def __init__(self, unread: Collection[tuple[int, int]], keep: Callable, is_parameter: Callable):
         super().__init__()
-        self.config, self.keep, self.is_parameter, self.enabled = config, keep, is_parameter, False
+        self.unread, self.keep, self.is_parameter, self.enabled = unread, keep, is_parameter, False
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         output = operator(*args, **(kwargs or {}))
@@ -65,7 +65,7 @@ class _KeptOutputs(TorchDispatchMode):
         source = args[0] if args and isinstance(args[0], torch.Tensor) else None
         is_cast = source is not None and outputs and outputs[0].dtype != source.dtype and source.is_floating_point()
         is_copy = is_cast and self.is_parameter(source)
-        if self.enabled and (is_copy or is_dear(self.config, None, operator, *args)):
+        if self.enabled and (is_copy or should_save(self.unread, None, operator, *args)):
             for one in outputs:
                 self.keep(one)
         return output
@@ -76,8 +76,8 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
     What a forward keeps for the backward, measured on a model of fake tensors: each saved storage once, without the
     parameters, but with the copies that autocast makes of them.
 
-    With checkpointing it is each layer's input, and all of one layer while that is computed again; of layers that
-    `fit_to_cpu` made compute cheap things twice, their inputs and what is dear.
+    With checkpointing it is each layer's input, and all of one layer while that is recomputed; of layers that
+    `fit_to_cpu` made recompute what is cheap, their inputs and what `should_save` says.
     """
     layers = decoder_layers(model)
     parameters = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
@@ -113,7 +113,7 @@ def activation_bytes(model: nn.Module, batch_size: int, length: int, bf16: bool,
             outputs.enabled = False
             inside.append(total())
 
-        outputs = _KeptOutputs(model.config.get_text_config(), keep, is_parameter)
+        outputs = _KeptOutputs(unread_matmuls(model), keep, is_parameter)
         hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
         hooks += [layer.register_forward_hook(leave) for layer in layers]
         with outputs, next(model.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16):

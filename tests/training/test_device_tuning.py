@@ -5,10 +5,12 @@ from copy import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lm import HfLmForCausalLM
 from hf_lm.kernels.varlen import HAS_VARLEN
+from hf_lm.planning.plan import activation_bytes
 from hf_lm.training import device_tuning
 
 
@@ -63,6 +65,28 @@ def test_layers_that_compute_cheap_things_twice_change_no_bit_and_keep_less(tiny
     assert all(torch.equal(once, twice) for once, twice in zip(*outcomes, strict=True))
     is_read = changes.keys() & {"norm_position", "residual_dropout"}
     assert products[0] == products[1] or is_read  # no product is computed again
+
+
+@pytest.mark.parametrize("said", [96, 32])
+def test_layers_whose_mlps_have_another_width_than_the_config_says_recompute_as_those_built_so(
+    tiny_config, monkeypatch, said
+):
+    """As after pruning. The other matmuls read 32 numbers, and must not be recomputed."""
+    monkeypatch.setattr(device_tuning, "KEPT_BY_MLPS", 0)
+    monkeypatch.setattr(device_tuning, "CHEAP_PER_PARAMETER", 1.0)
+    ids, outcomes = torch.randint(0, tiny_config.vocab_size, (2, 40)), []
+    for width in (tiny_config.intermediate_size, said):
+        with FakeTensorMode():
+            sketch = HfLmForCausalLM(copy(tiny_config))
+        model = HfLmForCausalLM(copy(tiny_config)).train()
+        for one in (sketch, model):
+            one.config.intermediate_size = width
+            device_tuning.fit_to_cpu(one, 2, 40, bfloat16=False, attention=False)
+        loss = model(ids, labels=ids, use_cache=False, skip_logits=True).loss
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        outcomes.append((counter.get_total_flops(), activation_bytes(sketch, 2, 40, bf16=False)))
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize(
