@@ -39,12 +39,9 @@ NORM_NAMES = {
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
     "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     "sandwich": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
     ),
-}
+}  # fmt: skip
 # transformers copies the files that a code file imports along with it (older releases: not those that they import), and
 # finds them by a pattern, in strings as well: the config of a model from the Hub has all files at hand to save them.
 IMPORTED_LATER = """
@@ -316,7 +313,7 @@ class HfLmConfig(PreTrainedConfig):
         require(is_binary, f"no_rope_layers may hold 0 (no rotary) and 1 (rotary), got {with_rope}.")
 
     def validate_blocks(self):
-        """Norms, residual paths and activations that can be built together."""
+        """Norms, residual paths and activations can be built together."""
         from transformers.activations import ACT2FN  # here, since it loads torch
 
         act, parallel, position = self.hidden_act, self.parallel_residual, self.norm_position

@@ -82,7 +82,7 @@ def make_causal_mask(
     no_cache = past_key_values is None
     if cu_seq_lens is not None and no_cache and uses_varlen(config, inputs_embeds):
         return dict.fromkeys(config.layer_types), {}
-    attention_kwargs, document_mask = {}, None
+    attention_kwargs, mask_kwargs = {}, {}
     is_2d = attention_mask is None or attention_mask.ndim == 2
     if position_ids is not None and position_ids.shape[-1] > 1 and is_2d and nothing_cached(past_key_values):
         documents = packed_document_ids(position_ids.expand(inputs_embeds.shape[0], -1), attention_mask)
@@ -97,7 +97,7 @@ def make_causal_mask(
                 length = documents.shape[1]
                 sizes = [past_key_values.get_mask_sizes(length, i)[0] for i in range(config.num_hidden_layers)]
                 documents = nn.functional.pad(documents, (0, max(sizes) - length), value=-1)
-            document_mask = packed_sequence_mask_function(documents)
+            mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)
 
     # The mask takes the dtype of the embeddings; under autocast the scores it is added to have another.
     mixed = autocast_dtype(inputs_embeds.device.type)
@@ -105,9 +105,7 @@ def make_causal_mask(
         inputs_embeds = inputs_embeds[..., :1].to(mixed)
     if past_key_values is not None and config._attn_implementation == "flex_attention":
         past_key_values = with_lengths_kept(past_key_values)
-    masks = create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, and_mask_function=document_mask
-    )
+    masks = create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **mask_kwargs)
     return masks, attention_kwargs
 
 

@@ -114,10 +114,8 @@ class HfLmRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        if self.config.rope_interleaved:
-            angles = angles.repeat_interleave(2, dim=-1)
-        else:
-            angles = torch.cat((angles, angles), dim=-1)
+        in_pairs = self.config.rope_interleaved
+        angles = angles.repeat_interleave(2, dim=-1) if in_pairs else torch.cat((angles, angles), dim=-1)
         cosines, sines = cosines_and_sines(angles)
         return (cosines * self.attention_scaling).to(x.dtype), (sines * self.attention_scaling).to(x.dtype)
 
@@ -141,9 +139,8 @@ class HfLmAttention(nn.Module):
         self.rope_interleaved = config.rope_interleaved
         self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        self.use_rope = config.position_embedding_type == "rope" and (
-            config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
-        )
+        is_rotated = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        self.use_rope = config.position_embedding_type == "rope" and is_rotated
 
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
@@ -335,11 +332,8 @@ class HfLmModel(HfLmPreTrainedModel):
 
     def __init__(self, config: HfLmConfig):
         super().__init__(config)
-        sizes = config.vocab_size, config.hidden_size, config.pad_token_id
-        if config.embedding_multiplier == 1.0:
-            self.embed_tokens = nn.Embedding(*sizes)
-        else:
-            self.embed_tokens = HfLmScaledEmbedding(*sizes, embed_scale=config.embedding_multiplier)
+        sizes, scale = (config.vocab_size, config.hidden_size, config.pad_token_id), config.embedding_multiplier
+        self.embed_tokens = nn.Embedding(*sizes) if scale == 1.0 else HfLmScaledEmbedding(*sizes, embed_scale=scale)
         self.embed_positions = None
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -453,9 +447,8 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
-        if self.config.final_logit_softcapping is not None:
-            logits = self.config.final_logit_softcapping * torch.tanh(logits / self.config.final_logit_softcapping)
-        return logits
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def generate(self, *args, **kwargs):
         """As in transformers, which makes the cache from the config's list of layers."""

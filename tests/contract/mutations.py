@@ -27,8 +27,8 @@ MUTATIONS = {
     "no rotary embedding": (MODEL, "if self.use_rope:", "if False:"),
     "mask off by one": (
         FUNCTIONS,
-        "and_mask_function=document_mask",
-        "and_mask_function=document_mask, or_mask_function=lambda b, h, q, k: k <= q + 1",
+        "    masks = create_masks_for_generate(",
+        '    mask_kwargs["or_mask_function"] = lambda b, h, q, k: k <= q + 1\n    masks = create_masks_for_generate(',
     ),
     "window ignored": (
         FUNCTIONS,
@@ -37,12 +37,12 @@ MUTATIONS = {
     ),
     "padding seen": (
         FUNCTIONS,
-        "inputs_embeds, attention_mask, past_key_values, and_mask",
-        "inputs_embeds, None, past_key_values, and_mask",
+        "inputs_embeds, attention_mask, past_key_values, **mask_kwargs)",
+        "inputs_embeds, None, past_key_values, **mask_kwargs)",
     ),
     "documents see each other": (
         FUNCTIONS,
-        "document_mask = packed_sequence_mask_function(documents)",
+        'mask_kwargs["and_mask_function"] = packed_sequence_mask_function(documents)',
         "pass",
     ),
     "cache not updated": (MODEL, "key, value = cache.update(", "cache.update("),
