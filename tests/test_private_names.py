@@ -20,7 +20,7 @@ TRAINER = "transformers.Trainer."
 # name: (files in hf_lm/, why it is used, the public way that is missing)
 PRIVATE = {
     "datasets.Dataset._fingerprint": (
-        "data/cache.py data/documents.py data/packing.py",
+        "data/cache.py data/documents.py data/pipeline.py",
         "names the cache of what is made from a dataset",
         "a public fingerprint of a dataset",
     ),

@@ -21,6 +21,7 @@ class TablesConfig(BuilderConfig):
 
     tables: Callable[[], Iterator[pa.Table]] | None = None
     features: Features | None = None
+    notes: list[str] | None = None
 
 
 class Tables(ArrowBasedBuilder):
@@ -37,20 +38,28 @@ class Tables(ArrowBasedBuilder):
     def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
         for number, table in enumerate(self.config.tables()):
             yield Key(0, number), table
+        self.info.description = "\n".join(self.config.notes or ())
 
 
-def cached(name: str, key: str, tables: Callable[[], Iterator[pa.Table]], features: Features | None = None) -> Dataset:
+def cached(
+    name: str,
+    key: str,
+    tables: Callable[[], Iterator[pa.Table]],
+    features: Features | None = None,
+    notes: list[str] | None = None,
+) -> Dataset:
     """
     The rows of some tables, from the cache if they are there.
 
     Args:
         key: a hash of all that the tables depend on; also the fingerprint of the result.
         features: default: those of the first table.
+        notes: lines that `tables` adds to while they are written; cached as `info.description` of the result.
 
     Raises:
         InputError: what `tables` raises; nothing is cached.
     """
-    builder = Tables(dataset_name=name, config_id=key, tables=tables, features=features)
+    builder = Tables(dataset_name=name, config_id=key, tables=tables, features=features, notes=notes)
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises: one line is enough
     try:

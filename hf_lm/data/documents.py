@@ -4,7 +4,7 @@ import glob
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -74,6 +74,26 @@ def task_hint(columns: Iterable[str]) -> str:
     return " Texts alone are learned by task: causal-lm." if "text" in names else ""
 
 
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    """The columns of rows; of a stream without types those of its first row."""
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def column_values(rows: Dataset | IterableDataset, name: str) -> Iterator:
+    """The values of a column, a batch in memory at a time; in a shuffled table, faster than `rows[name]`."""
+    return (value for batch in rows.select_columns(name).iter(1000) for value in batch[name])
+
+
+def numbered(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """The different values, sorted, and for each value its number among them."""
+    numbers: dict[str, int] = {}
+    found = np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), np.int64)
+    names = sorted(numbers)
+    ranks = np.empty(len(names), np.int64)
+    ranks[[numbers[name] for name in names]] = np.arange(len(names))
+    return names, ranks[found]
+
+
 def with_text(rows, name: str | None, where: str, beside: Sequence[str] = ()):
     """
     The rows with their text column, called `text`, and the columns `beside` it; without empty texts.
@@ -81,7 +101,7 @@ def with_text(rows, name: str | None, where: str, beside: Sequence[str] = ()):
     Raises:
         InputError: there is no such column, it does not hold text, or every row is empty.
     """
-    columns = rows.column_names or list(next(iter(rows), {}))
+    columns = column_names(rows)
     if not columns:
         raise InputError(f"{where}: holds no rows.")
     strings = [column for column in columns if rows.features is None or _is_string(rows.features[column])]
@@ -134,7 +154,8 @@ def cells_as_text(rows, columns: Sequence[str], where: str):
 
 def _load_files(key: str, arguments: DataArguments, keep):
     paths = expand(key, getattr(arguments, key))
-    return keep(read_files(key, paths, arguments.encoding, arguments.streaming), name_files(paths))
+    streaming = arguments.streaming and key == "train_file"  # what is held out is read again and again
+    return keep(read_files(key, paths, arguments.encoding, streaming), name_files(paths))
 
 
 def _own_files(builder) -> dict[str, list[str]]:
@@ -190,7 +211,12 @@ def _load_dataset(arguments: DataArguments, keep) -> dict:
         # A stream from the Hub is left to `datasets`, which need not download whole files first.
         if (options or not streaming) and (files := _own_files(builder)):
             splits = {
-                split: read_files("dataset_name", list(map(_downloaded, paths)), arguments.encoding, streaming)
+                split: read_files(
+                    "dataset_name",
+                    list(map(_downloaded, paths)),
+                    arguments.encoding,
+                    streaming and str(split).lower() in SPLITS["train"],
+                )
                 for split, paths in files.items()
             }
         else:
@@ -217,7 +243,7 @@ def _load_dataset(arguments: DataArguments, keep) -> dict:
     return {split: keep(splits[part], f"{name} ({part})") for split, part in found.items()}
 
 
-def _lengths(documents: Dataset) -> np.ndarray:
+def text_lengths(documents: Dataset) -> np.ndarray:
     """Characters of each text."""
     batches = documents.select_columns("text").with_format("arrow").iter(1000)
     return np.concatenate([pa.compute.utf8_length(batch["text"]).to_numpy() for batch in batches])
@@ -241,7 +267,7 @@ def hold_out(documents: Dataset, percentage: float) -> dict[str, Dataset]:
                 f"validation_split_percentage: {percentage} per cent of {rows} rows leaves none to train on."
             )
         return _last(documents, count)
-    tail = np.cumsum(_lengths(documents)[::-1])
+    tail = np.cumsum(text_lengths(documents)[::-1])
     total = int(tail[-1])
     for number in (count, int(np.searchsorted(tail, total * share)) + 1):
         if number < rows and share / 2 <= tail[number - 1] / total <= share * 2:
@@ -269,7 +295,7 @@ def describe_split(rows: dict[str, Dataset | IterableDataset]) -> str | None:
     if not all(isinstance(part, Dataset) for part in parts):
         return None
     is_text = all(part.column_names == ["text"] for part in parts)
-    held_out, trained = (int(_lengths(part).sum()) if is_text else len(part) for part in parts)
+    held_out, trained = (int(text_lengths(part).sum()) if is_text else len(part) for part in parts)
     total, unit = held_out + trained, "characters" if is_text else "rows"
     return f"Held out: {held_out:,} of {total:,} {unit} ({held_out / total:.1%})"
 
@@ -288,21 +314,24 @@ def _by_split(rows: Dataset, column: str) -> dict[str, Dataset]:
     """
     if column not in rows.column_names:
         raise InputError(f"split_column_name: there is no column {column}; there are {', '.join(rows.column_names)}.")
-    written = rows[column]
-    if isinstance(rows.features[column], datasets.ClassLabel):
-        written = [None if value is None else rows.features[column].int2str(value) for value in written]
-    values = np.array(["" if value is None else str(value).strip().lower() for value in written])
+    names_of, written = rows.features[column], column_values(rows, column)
+    if isinstance(names_of, datasets.ClassLabel):
+        written = (None if value is None else names_of.int2str(value) for value in written)
+    names, values = numbered("" if value is None else str(value).strip().lower() for value in written)
     known = [name for usual in SPLITS.values() for name in usual]
-    names, counts = np.unique(values, return_counts=True)
+    counts = np.bincount(values, minlength=len(names))
     held = ", ".join(f"{name or 'nothing'} ({count:,} rows)" for name, count in zip(names, counts, strict=True))
     if unknown := [name for name in names if name and name not in known]:
         raise InputError(
             f"split_column_name: column {column} holds {held:.300}; {unknown[0]} is none of {', '.join(known)}."
         )
-    found = {split: np.flatnonzero(np.isin(values, usual)) for split, usual in SPLITS.items()}
+    found = {
+        split: np.flatnonzero(np.isin(values, [number for number, name in enumerate(names) if name in usual]))
+        for split, usual in SPLITS.items()
+    }
     if not len(found["train"]):
         raise InputError(f"split_column_name: no row of column {column} says train; it holds {held}.")
-    if empty := int((values == "").sum()):
+    if names[0] == "" and (empty := int(counts[0])):
         logger.warning(f"split_column_name: {empty:,} of {len(rows):,} rows name no split and are left out.")
     return {split: rows.select(numbers) for split, numbers in found.items() if len(numbers)}
 
@@ -318,7 +347,8 @@ def load_rows(
         split_off: `split_off(rows, percentage)` gives `"train"` and `"validation"` where no held-out data is named.
 
     Returns:
-        `"train"`, `"validation"` if any is held out, and `"test"` if it is named.
+        `"train"`, a stream with `streaming`; `"validation"` if any is held out, and `"test"` if it is named: tables,
+        because they are read again and again.
 
     Raises:
         InputError: nothing is named, or what is named cannot be read; see the helpers above.
@@ -344,10 +374,17 @@ def load_rows(
             raise InputError("streaming: name a validation_file, or set validation_split_percentage to 0.")
         splits |= split_off(splits["train"], arguments.validation_split_percentage)
     limits = {"train": arguments.max_train_samples}
-    return {
+    splits = {
         split: rows if (limit := limits.get(split, arguments.max_eval_samples)) is None else rows.take(limit)
         for split, rows in splits.items()
     }
+    for split, rows in splits.items():
+        if split != "train" and isinstance(rows, IterableDataset):  # from the Hub
+            found = list(rows)
+            if not found:
+                raise InputError(f"dataset_name: {arguments.dataset_name} ({split}): holds no rows.")
+            splits[split] = Dataset.from_list(found, features=rows.features)
+    return splits
 
 
 def load_documents(arguments: DataArguments) -> dict[str, Dataset | IterableDataset]:

@@ -7,17 +7,22 @@ which is how the model keeps them apart.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import InputError
 from .packing import FEATURES, IGNORED
+from .pipeline import token_rows, tokenizer_key
 
 logger = logging.get_logger(__name__)
 
 OPEN_BLOCKS = 64  # how many blocks wait for an example that fits
+CLASSES = Features({"input_ids": FEATURES["input_ids"], "labels": Value("int64"), "num_bytes": FEATURES["num_bytes"]})
 
 
 @dataclass
@@ -29,14 +34,18 @@ class Example:
         input_ids: `(tokens,)`, special tokens included.
         learned: `(tokens,)` of bool: which of them the model learns to predict.
         num_bytes: UTF-8 bytes of the text behind the learned tokens.
+        label: the number of its class, for a head that learns nothing else.
     """
 
     input_ids: list[int]
     learned: list[bool]
     num_bytes: int
+    label: int | None = None
 
     def row(self) -> dict:
-        """As a row of packed blocks. Nothing predicts the first token."""
+        """As a row of packed blocks, in which nothing predicts the first token; or, of a class, with its number."""
+        if self.label is not None:  # for tokenizer.pad, which takes no arrays
+            return {"input_ids": self.input_ids, "labels": self.label, "num_bytes": self.num_bytes}
         ids = np.array(self.input_ids, dtype=np.int32)
         labels = np.where(self.learned, ids, IGNORED).astype(np.int32)
         labels[0] = IGNORED
@@ -44,7 +53,13 @@ class Example:
         return {"input_ids": ids, "labels": labels, "position_ids": positions, "num_bytes": self.num_bytes}
 
 
-def fit_examples(examples: Iterable[Example], block_size: int, policy: str, where: str) -> Iterator[dict]:
+Say = Callable[[str], None]
+Encode = Callable[[Iterator[dict], PreTrainedTokenizerBase, Say], Iterator[Example]]
+
+
+def fit_examples(
+    examples: Iterable[Example], block_size: int, policy: str, where: str, say: Say = logger.warning
+) -> Iterator[dict]:
     """
     Bring examples to at most `block_size` tokens, and say how many were too long.
 
@@ -52,6 +67,7 @@ def fit_examples(examples: Iterable[Example], block_size: int, policy: str, wher
         policy: what becomes of longer ones: `"cut"` (at their end; dropped where nothing learned is left), `"drop"`
             or `"error"`.
         where: what they are called in messages.
+        say: gets the message.
 
     Raises:
         InputError: with `"error"` one is too long; or no example is left.
@@ -73,9 +89,7 @@ def fit_examples(examples: Iterable[Example], block_size: int, policy: str, wher
             )
         yield row
     if cut or dropped:
-        logger.warning(
-            f"{where}: of {total} examples {cut} were cut to block_size {block_size} and {dropped} left out."
-        )
+        say(f"{where}: of {total} examples {cut} were cut to block_size {block_size} and {dropped} left out.")
     if total == dropped:
         reason = f"all {total} examples are longer than block_size {block_size}" if total else "there are no examples"
         raise InputError(f"{where}: {reason}; nothing is left to learn.")
@@ -113,28 +127,68 @@ def pack_rows(rows: Iterable[dict], block_size: int) -> Iterator[dict]:
         yield close(0)
 
 
+def _warn(line: str) -> None:
+    """Warn of what each pass over a stream would say again."""
+    logger.warning_once(line)
+
+
+def _rows(
+    rows: Iterator[dict],
+    encode: Encode,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    block_size: int,
+    packing: bool,
+    policy: str,
+    where: str,
+) -> Iterator[dict]:
+    fitted = fit_examples(encode(rows, tokenizer, say), block_size, policy, where, say)
+    yield from pack_rows(fitted, block_size) if packing else fitted
+
+
 def build_examples(
-    rows: Iterable[dict],
-    encode: Callable[[dict], Iterable[Example]],
+    rows: Dataset | IterableDataset,
+    encode: Encode,
+    tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     packing: bool = True,
     policy: str = "cut",
     where: str = "the data",
-) -> Dataset:
+    is_classes: bool = False,
+    readers: int = 1,
+) -> Dataset | IterableDataset:
     """
     Rows to blocks (or, without `packing`, to one block an example).
 
+    What was made once of a table is read from the cache of `datasets` the next time, warnings included; of a stream
+    blocks are made as it is read.
+
     Args:
-        encode: the examples that one row makes.
+        encode: `encode(rows, tokenizer, say)` yields the examples of rows, in order; `say(line)` warns. A function of a
+            module or a `partial` of one: its arguments are part of the cache's key, the tokenizer as what it does.
         policy, where: see `fit_examples`.
+        is_classes: the examples have labels of classes (and are not packed).
+        readers: see `token_rows`.
 
     Returns:
-        Rows of `input_ids`, `labels`, `position_ids`, `num_bytes`, as `pack_documents` makes them of documents.
+        Rows of `input_ids`, `labels`, `position_ids`, `num_bytes`, as `pack_documents` makes them of documents; of
+        classes, `labels` is a number, and there are no positions.
+
+    Raises:
+        InputError: see `fit_examples`; or the rows are a stream, and `policy` is `"error"`.
     """
-    examples = (example for row in rows for example in encode(row))
-    fitted = fit_examples(examples, block_size, policy, where)
-    blocks = pack_rows(fitted, block_size) if packing else fitted
-    return Dataset.from_list(list(blocks), features=FEATURES).with_format("numpy")
+    is_stream, notes = isinstance(rows, IterableDataset), []
+    if is_stream and policy == "error":
+        raise InputError("long_examples: error looks at all examples before the training; of a stream, cut or drop.")
+    options = {"block_size": block_size, "packing": packing, "policy": policy, "where": where}
+    make = partial(_rows, encode=encode, tokenizer=tokenizer, say=_warn if is_stream else notes.append, **options)
+    key = ["examples", Hasher.hash(encode), tokenizer_key(tokenizer), options]
+    built = token_rows(rows, make, key, CLASSES if is_classes else FEATURES, readers, notes)
+    if is_stream:
+        return built
+    for line in built.info.description.splitlines():
+        logger.warning(line)
+    return built if is_classes else built.with_format("numpy")
 
 
 def show_example(row: dict, tokenizer, color: bool) -> str:

@@ -6,26 +6,21 @@ text (`<|bos|>` with ours), then tokens of the document, which ends with `eos`. 
 their positions start at 0, which is how the model keeps them apart. Every token is predicted exactly once, eos included.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from operator import itemgetter
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..tokenization import cut, may_be_cut
-from .cache import cached
+from .pipeline import token_rows, tokenizer_key
 
-VERSION = 2  # raise it when blocks change: it is part of the cache's key
 BATCH = 1 << 20  # characters tokenised at once: bounds the memory, whatever the length of the documents
-ROWS = 1000  # blocks written at once
-DOCUMENTS = 100  # so many for each reader of a stream make the readers' shares about equal
 IGNORED = -100
 FEATURES = Features(
     {
@@ -175,40 +170,13 @@ def segments(
         ids, sizes, document = ids[start:], sizes[start:], document + is_last
 
 
-def _blocks(documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
+def _blocks(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
     texts = (row["text"] for row in documents)
     parts = segments(texts, tokenizer, block_size, segment_prefix(tokenizer))
     for _, group in groupby(parts, key=itemgetter("block")):
         group = list(group)
         block = {key: np.concatenate([part[key] for part in group]) for key in ("input_ids", "labels", "position_ids")}
         yield {**block, "num_bytes": int(sum(part["sizes"].sum() for part in group))}
-
-
-def _blocks_of_shares(documents: IterableDataset, shares: list[int], readers: int, **options) -> Iterator[dict]:
-    """The blocks of every `readers`-th document from `share` on, for each share."""
-    for share in shares:
-        # `iter`, unlike `__iter__`, does not divide the files among loader workers: the shares already do
-        texts = (text for batch in documents.iter(16) for text in batch["text"])
-        yield from _blocks(({"text": text} for text in islice(texts, share, None, readers)), **options)
-
-
-def _tables(**arguments) -> Iterator[pa.Table]:
-    """The blocks of `_blocks`, many at a time."""
-    blocks = _blocks(**arguments)
-    while rows := list(islice(blocks, ROWS)):
-        ends = np.cumsum([0, *(len(row["input_ids"]) for row in rows)], dtype=np.int32)
-        columns = {
-            name: pa.ListArray.from_arrays(ends, np.concatenate([row[name] for row in rows]))
-            for name in ("input_ids", "labels", "position_ids")
-        }
-        columns["num_bytes"] = pa.array([row["num_bytes"] for row in rows], pa.int64())
-        yield pa.table(columns)
-
-
-def _cache_key(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:
-    special = [segment_prefix(tokenizer), tokenizer.eos_token_id, tokenizer.split_special_tokens]
-    key = [VERSION, documents._fingerprint, tokenizer.backend_tokenizer.to_str(), special, block_size]
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
 def pack_documents(
@@ -223,8 +191,7 @@ def pack_documents(
     Args:
         documents: rows with a `text`.
         block_size: tokens of a block.
-        readers: processes times loader workers that a stream is shared among. Each packs documents of its own (one
-            shard of the result); if there are less than a hundred for each, there is one shard for all.
+        readers: see `token_rows`.
 
     Returns:
         Rows of `input_ids`, `labels`, `position_ids` (each `(block,)`) and `num_bytes`, the UTF-8 bytes that the
@@ -235,14 +202,11 @@ def pack_documents(
     """
     if block_size <= max(len(segment_prefix(tokenizer)), 1):
         raise InputError(f"block_size: {block_size} leaves no room for a token to predict.")
-    arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
-    if isinstance(documents, IterableDataset):
-        enough = readers * DOCUMENTS
-        readers = readers if readers > 1 and sum(1 for _ in islice(documents, enough)) == enough else 1
-        arguments |= {"shares": list(range(readers)), "readers": readers}
-        return IterableDataset.from_generator(_blocks_of_shares, features=FEATURES, gen_kwargs=arguments)
-    key = _cache_key(documents, tokenizer, block_size)
-    blocks = cached("hf_lm_blocks", key, partial(_tables, **arguments), FEATURES).with_format("numpy")
+    make = partial(_blocks, tokenizer=tokenizer, block_size=block_size)
+    blocks = token_rows(documents, make, ["documents", tokenizer_key(tokenizer), block_size], FEATURES, readers)
+    if isinstance(blocks, IterableDataset):
+        return blocks
+    blocks = blocks.with_format("numpy")
     if len(blocks) < 2 and (len(blocks) == 0 or len(blocks[0]["input_ids"]) < block_size):
         tokens = len(blocks[0]["input_ids"]) if len(blocks) else 0
         raise InputError(f"block_size: the text has {tokens} tokens, less than one block of {block_size}.")

@@ -67,10 +67,11 @@ def choose_pair(pairs: list[str], source: str | None, target: str | None) -> str
     raise InputError(f"{asked}: unknown pair; the model translates {', '.join(pairs)}.")
 
 
-def encode_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], pair: str) -> list[list[int]]:
-    """The prompts of some texts: what the tokenizer puts before a text, the text, the tag."""
-    prefix, end = segment_prefix(tokenizer), tokenizer.convert_tokens_to_ids(tag(pair))
-    return [[*prefix, *ids, end] for ids in tokenizer(texts, **PLAIN)["input_ids"]]
+def encode_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], pair: str | list[str]) -> list[list[int]]:
+    """The prompts of some texts, of one pair or of one each: what the tokenizer puts before a text, the text, the tag."""
+    prefix, pairs = segment_prefix(tokenizer), [pair] * len(texts) if isinstance(pair, str) else pair
+    ends = tokenizer.convert_tokens_to_ids([tag(one) for one in pairs])
+    return [[*prefix, *ids, end] for ids, end in zip(tokenizer(texts, **PLAIN)["input_ids"], ends, strict=True)]
 
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -160,6 +160,11 @@ class Task(ABC):
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
         """Rows of tokens for the collator, from rows of the data."""
 
+    def readers(self, split: str) -> int:
+        """Processes times loader workers, among which a stream is shared."""
+        arguments = self.training_arguments
+        return arguments.world_size * max(arguments.dataloader_num_workers, 1) if split == "train" else 1
+
     def collator(self, tokenizer):
         """What makes batches of encoded rows."""
         arguments, data = self.training_arguments, self.data_arguments
@@ -284,8 +289,6 @@ class Task(ABC):
         if self.model_arguments.use_peft:
             model = add_adapter(model, self.model_arguments, self.peft_task_type)
         evaluation = encoded.get("validation")
-        if isinstance(evaluation, IterableDataset):  # what is held out is read again and again
-            evaluation = Dataset.from_list(list(evaluation)).with_format("numpy")
         if evaluation is None:
             arguments.eval_strategy = "no"
         keep_best_by_default(arguments, len(encoded["train"]) if isinstance(encoded["train"], Dataset) else None)

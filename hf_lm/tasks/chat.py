@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, Features, Json
+from datasets import Dataset, Features, IterableDataset, Json
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..data.documents import cells_as_text, load_rows, task_hint
-from ..data.examples import Example, build_examples
+from ..data.documents import cells_as_text, column_names, load_rows, task_hint
+from ..data.examples import Example, Say, build_examples
 from ..errors import InputError
 from ..generation.conversation import first_answers
 from .base import PreparedData, Task
@@ -75,17 +76,33 @@ def _is_message(turn) -> bool:
     return isinstance(content, str) and bool(content.strip()) and isinstance(turn.get("role"), str)
 
 
-def _check(rows, where: str):
+def check_conversation(turns, where: str) -> None:
+    """
+    Raises:
+        InputError: these are no messages, or none is the assistant's.
+    """
+    if not turns or not isinstance(turns, list) or not all(map(_is_message, turns)):
+        raise InputError(
+            f"{where} is not a list of messages with role and content (texts), none empty: {turns!r:.100}"
+        )
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise InputError(f"{where} has no message of the assistant, so nothing to learn.")
+
+
+def _check(rows, where: str, is_read: bool):
     """
     Rows with `messages` (or `prompt` and `completion`, which are made into some).
+
+    Args:
+        is_read: look at all rows now.
 
     Raises:
         InputError: no such column, or a row in it is not a conversation with an answer.
     """
-    names, features = rows.column_names, Features({"messages": Json()})
+    names, features = column_names(rows), Features({"messages": Json()})
     if "messages" not in names and {"prompt", "completion"} <= set(names):
         if isinstance(next(iter(rows), {}).get("prompt"), list):
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(rows if is_read else (), 1):
                 if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in row["prompt"] or ()):
                     raise InputError(
                         f"{where}: row {number}: prompt has a message of the assistant, which would be learned; "
@@ -100,15 +117,9 @@ def _check(rows, where: str):
         )
     turns = next(iter(rows), {}).get("messages")
     if isinstance(turns, list) and any(map(_has_parts, turns)):
-        rows = rows.map(_join_parts, features=features, remove_columns=rows.column_names)
-    for number, row in enumerate(rows, 1):
-        turns = row["messages"]
-        if not turns or not isinstance(turns, list) or not all(map(_is_message, turns)):
-            raise InputError(
-                f"{where}: row {number} is not a list of messages with role and content (texts), none empty: {turns!r:.100}"
-            )
-        if not any(turn["role"] == "assistant" for turn in turns):
-            raise InputError(f"{where}: row {number} has no message of the assistant, so nothing to learn.")
+        rows = rows.map(_join_parts, features=features, remove_columns=column_names(rows))
+    for number, row in enumerate(rows if is_read else (), 1):
+        check_conversation(row["messages"], f"{where}: row {number}")
     return rows
 
 
@@ -132,13 +143,25 @@ def mark_assistant(tokenizer, messages: list[dict]) -> tuple[list[int], list[boo
     return encoded["input_ids"], [any(marks[start:end]) for start, end in encoded["offset_mapping"]]
 
 
+def encode_conversations(rows: Iterator[dict], tokenizer, say: Say) -> Iterator[Example]:
+    """Examples of which the assistant's words are learned."""
+    for row in rows:
+        turns = row["messages"]
+        check_conversation(turns, "train: a row")  # of a stream it has not been read before
+        input_ids, learned = mark_assistant(tokenizer, turns)
+        size = sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
+        yield Example(input_ids, learned, size)
+
+
 class Chat(Task):
     """Conversations (`messages` of `role` and `content`), several in one block."""
 
     result_names = Task.result_names | {"self_ended": "share of answers that end by themselves"}
 
-    def load(self) -> dict[str, Dataset]:
-        return load_rows(self.data_arguments, _check)
+    def load(self) -> dict[str, Dataset | IterableDataset]:
+        # What is wrong is said now, not in the middle of a run; but a stream of the Hub is not downloaded for that.
+        is_read = not (self.data_arguments.streaming and self.data_arguments.dataset_name)
+        return load_rows(self.data_arguments, partial(_check, is_read=is_read))
 
     def texts(self, rows) -> Iterator[str]:
         return (turn["content"] for row in rows for turn in row["messages"])
@@ -162,14 +185,12 @@ class Chat(Task):
             if tokenizer.eos_token is None and tokenizer.chat_template == CHAT_TEMPLATE:
                 raise InputError("tokenizer_name: the tokenizer has no eos token to end an answer with.")
 
-    def encode(self, rows, tokenizer, split: str) -> Dataset:
-        def example(row: dict) -> list[Example]:
-            input_ids, learned = mark_assistant(tokenizer, row["messages"])
-            size = sum(len(turn["content"].encode()) for turn in row["messages"] if turn["role"] == "assistant")
-            return [Example(input_ids, learned, size)]
-
+    def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
         data = self.data_arguments
-        return build_examples(rows, example, data.block_size, data.packing, data.long_examples, split)
+        options = {"packing": data.packing, "policy": data.long_examples, "where": split}
+        return build_examples(
+            rows, encode_conversations, tokenizer, data.block_size, **options, readers=self.readers(split)
+        )
 
     def scores(self, trainer, data: PreparedData, before: dict) -> dict:
         scores = super().scores(trainer, data, before)

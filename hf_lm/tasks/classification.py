@@ -5,17 +5,26 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from transformers import DataCollatorWithPadding
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sklearn_available
 
-from ..data.documents import load_rows, task_hint, with_text
-from ..data.examples import Example, build_examples
+from ..data.documents import (
+    column_names,
+    column_values,
+    load_rows,
+    numbered,
+    task_hint,
+    text_lengths,
+    with_text,
+)
+from ..data.examples import Example, Say, build_examples
 from ..errors import InputError
 from ..evaluation.metrics import HfLmClassification
 from ..evaluation.metrics.classification import SCORES, class_scores, count_confusions
@@ -26,6 +35,8 @@ from ..training.trainer import HfLmTrainer
 from .base import PreparedData, Task
 
 logger = logging.get_logger(__name__)
+BATCH = 100  # texts tokenised at once
+SEEN = 1000  # rows of a stream that show whether its labels are names or numbers
 
 
 def as_score(metrics: dict, prefix: str = "") -> dict:
@@ -58,9 +69,9 @@ def spell(value) -> str:
 
 def hold_out_by_label(rows: Dataset, percentage: float, column: str) -> dict[str, Dataset]:
     """Split off the last `percentage` per cent of the rows of each label; of a label's rows one at least is learned."""
-    labels = np.array([spell(value) for value in rows[column]])
+    names, labels = numbered(map(spell, column_values(rows, column)))
     count = math.ceil(len(rows) * percentage / 100)
-    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    groups = [np.flatnonzero(labels == number) for number in range(len(names))]
     shares = np.array([len(group) * percentage / 100 for group in groups])
     counts = np.floor(shares).astype(int)
     for number in np.argsort(counts - shares, kind="stable"):  # the largest remainders make up the sum
@@ -79,6 +90,96 @@ def hold_out_by_label(rows: Dataset, percentage: float, column: str) -> dict[str
 def names_of(rows: Dataset) -> list[str]:
     """The labels there are, in the order of their numbers."""
     return rows.features["label"].names
+
+
+def number_label(row: dict, column: str, numbers: dict[str, int], split: str) -> dict:
+    """
+    A row's text and the number of its label.
+
+    Raises:
+        InputError: the label has none.
+    """
+    label = spell(row[column])
+    if label not in numbers:
+        reason = f"has the label {label!r} ({row['text'][:40]!r}), not among {', '.join(map(repr, numbers))}"
+        reason = reason if label else f"has a text without a label ({row['text'][:40]!r})"
+        raise InputError(f"class_names: {split} {reason}.")
+    return {"text": row["text"], "label": numbers[label]}
+
+
+def fill(template: str, text: str, word: str) -> tuple[str, int, int]:
+    """The template with text and word; where the text starts and where the word does, in characters."""
+    before, after = template.removesuffix("{label}").split("{text}")
+    return before + text + after + word, len(before), len(before + text + after)
+
+
+def leave_out_end(offsets: list[tuple[int, int]], start: int, end: int, block_size: int) -> slice:
+    """
+    The tokens at a text's end that have to go for all to be no more than `block_size`.
+
+    Args:
+        offsets: of the tokens.
+        start, end: of the text, in characters.
+
+    Raises:
+        InputError: the text has not as many.
+    """
+    excess = len(offsets) - block_size
+    if excess <= 0:
+        return slice(0)
+    of_text = [number for number, (low, high) in enumerate(offsets) if high > start and low < end]
+    if excess >= len(of_text):
+        raise InputError(f"block_size: {block_size} leaves no room for a text beside the template's tokens.")
+    return slice(of_text[-1] + 1 - excess, of_text[-1] + 1)
+
+
+def encode_labelled(
+    rows: Iterator[dict],
+    tokenizer,
+    say: Say,
+    *,
+    template: str,
+    words: tuple[str, ...],
+    block_size: int,
+    policy: str,
+    split: str,
+    is_class: bool,
+) -> Iterator[Example]:
+    """
+    Texts in the template: those of training with their own word, held-out ones with every word in turn. The word is
+    learned. Of what is too long the text's end goes.
+
+    Args:
+        policy: what becomes of what is too long: `"cut"`, `"drop"` (of training only: what is held out is scored whole)
+            or `"error"`.
+        is_class: the examples have the numbers of their labels.
+
+    Raises:
+        InputError: with `"error"` one is too long; or all are left out; or the template alone is too long.
+    """
+    total, long, drop = 0, 0, split == "train" and policy == "drop"
+    while batch := list(islice(rows, BATCH)):
+        asked = [(words[row["label"] % len(words)],) if split == "train" else words for row in batch]
+        filled = [fill(template, row["text"], word) for row, some in zip(batch, asked, strict=True) for word in some]
+        encoding = tokenizer([whole for whole, _, _ in filled], return_offsets_mapping=True, verbose=False)
+        encoded = zip(filled, encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        for row, some in zip(batch, asked, strict=True):
+            is_long = False
+            for word in some:
+                (_, start, word_start), ids, offsets = next(encoded)
+                gone = leave_out_end(offsets, start, start + len(row["text"]), block_size)
+                is_cut = gone.stop > 0
+                del ids[gone], offsets[gone]
+                is_long = is_long or is_cut
+                if not (is_cut and drop):
+                    learned, size = [high > word_start for _, high in offsets], len((word or row["text"]).encode())
+                    yield Example(ids, learned, size, row["label"] if is_class else None)
+            total, long = total + 1, long + is_long
+    if long:
+        what = f"{split}: {long} of {total} examples have more than block_size {block_size} tokens"
+        if policy == "error" or (drop and long == total):
+            raise InputError(f"long_examples: {what}.")
+        say(f"{what} and are {'left out' if drop else 'cut at the end of their text'}.")
 
 
 class Classification(Task):
@@ -108,54 +209,70 @@ class Classification(Task):
         """The words for `{label}`: one for each of `names`, or an empty one where there is no `{label}`."""
         return ("",)
 
-    def load(self) -> dict[str, Dataset]:
-        arguments, column = self.data_arguments, self.data_arguments.label_column_name
-        if arguments.streaming:
-            raise InputError(f"streaming: does not go with the task {arguments.task}.")
+    def check(self) -> None:
+        super().check()
+        data = self.data_arguments
+        if data.class_balance not in ("none", "oversample"):
+            raise InputError(f"class_balance: must be none or oversample, got {data.class_balance!r}.")
+        if data.streaming and data.class_balance != "none":
+            raise InputError("class_balance: oversample needs the labels of all rows; a stream has none: use none.")
+        if data.streaming and data.baseline:
+            raise InputError("baseline: needs the texts of all rows; a stream has none: set it to false.")
 
-        def keep(rows: Dataset, where: str) -> Dataset:
-            if column not in rows.column_names:
-                names = ", ".join(rows.column_names)
-                hint = task_hint(set(rows.column_names) - {"text"})
-                raise InputError(f"label_column_name: {where} has no column {column}; it has {names}.{hint}")
+    def load(self) -> dict[str, Dataset | IterableDataset]:
+        arguments, column = self.data_arguments, self.data_arguments.label_column_name
+
+        def keep(rows, where: str):
+            names = column_names(rows)
+            if column not in names:
+                hint = task_hint(set(names) - {"text"})
+                raise InputError(
+                    f"label_column_name: {where} has no column {column}; it has {', '.join(names)}.{hint}"
+                )
             rows = with_text(rows, arguments.text_column_name, where, beside=[column])
             some = rows.filter(str.strip, input_columns="text")
+            if isinstance(rows, IterableDataset):
+                return some
             if len(some) < len(rows):
                 logger.warning(f"{where}: {len(rows) - len(some)} texts are nothing but white space and left out.")
-            rows = some
-            if len(rows) < 2:
-                raise InputError(f"{where}: holds {len(rows)} examples; at least two are needed.")
-            return rows.shuffle(self.training_arguments.seed)  # files are often sorted by their labels
+            if len(some) < 2:
+                raise InputError(f"{where}: holds {len(some)} examples; at least two are needed.")
+            return some.shuffle(self.training_arguments.seed)  # files are often sorted by their labels
 
         rows = load_rows(arguments, keep, partial(hold_out_by_label, column=column))
         names, numbers = self.name_labels(rows["train"], column)
         features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
-        for split, part in rows.items():
-            texts, labels = part["text"], [spell(value) for value in part[column]]
-            for text, label in zip(texts, labels, strict=True):
-                if label not in numbers:
-                    reason = f"has the label {label!r} ({text[:40]!r}), not among {', '.join(map(repr, numbers))}"
-                    reason = reason if label else f"has a text without a label ({text[:40]!r})"
-                    raise InputError(f"class_names: {split} {reason}.")
-            found = {"text": texts, "label": [numbers[label] for label in labels]}
-            rows[split] = Dataset.from_dict(found, features)
-        return rows
-
-    def name_labels(self, rows: Dataset, column: str) -> tuple[list[str], dict[str, int]]:
-        """The names of the labels, those declared or all that occur; and the number of each as `spell` writes it."""
-        feature, values = rows.features[column], rows[column]
-        if odd := [value for value in values if not isinstance(value, str | int | None)]:
-            raise InputError(
-                f"label_column_name: column {column} holds {odd[0]!r:.60}; a label is text or a whole number."
+        options = {"column": column, "numbers": numbers}
+        return {
+            split: part.map(
+                partial(number_label, **options, split=split), remove_columns=["text", column], features=features
             )
-        found = {spell(value) for value in values} - {""}
-        are_whole = all(re.fullmatch(r"0|-?[1-9]\d*", label) for label in found)
+            for split, part in rows.items()
+        }
+
+    def name_labels(self, rows: Dataset | IterableDataset, column: str) -> tuple[list[str], dict[str, int]]:
+        """The names of the labels, those declared or all that occur; and the number of each as `spell` writes it."""
+        feature = rows.features[column] if rows.features is not None else None
         declared = self.data_arguments.class_names or (feature.names if isinstance(feature, ClassLabel) else None)
+        if isinstance(rows, IterableDataset):
+            if not declared:
+                raise InputError("class_names: name them; which labels a stream holds is not known before it is read.")
+            rows = rows.take(SEEN)
+        found, has_bool = set(), False
+        for value in column_values(rows, column):
+            if not isinstance(value, str | int | None):
+                raise InputError(
+                    f"label_column_name: column {column} holds {value!r:.60}; a label is text or a whole number."
+                )
+            found.add(spell(value))
+            has_bool = has_bool or isinstance(value, bool)
+        found -= {""}
+        are_whole = all(re.fullmatch(r"0|-?[1-9]\d*", label) for label in found)
         names = [str(name) for name in declared or sorted(found, key=int if are_whole else str)]
         if len(names) < 2 or len(set(names)) < len(names):
             raise InputError(f"class_names: two or more different labels are needed, got {', '.join(names)}.")
         spelled = names
-        if any(isinstance(value, bool) for value in values):
+        if has_bool:
             spelled = [name.lower() for name in names]  # True, where Python wrote it
         if isinstance(feature, ClassLabel) or (declared and are_whole and not found <= set(spelled)):
             spelled = map(str, range(len(names)))
@@ -163,7 +280,7 @@ class Classification(Task):
 
     def texts(self, rows) -> Iterator[str]:
         words = self.words(names_of(rows))
-        return (self.fill(row["text"], words[row["label"] % len(words)])[0] for row in rows)
+        return (fill(self.template, row["text"], words[row["label"] % len(words)])[0] for row in rows)
 
     def complete_tokenizer(self, tokenizer) -> None:
         if tokenizer.pad_token is None:
@@ -178,60 +295,37 @@ class Classification(Task):
         numbers = {name: number for number, name in names.items()}
         return {"id2label": names, "label2id": numbers, "pad_token_id": data.tokenizer.pad_token_id}
 
-    def fill(self, text: str, word: str) -> tuple[str, int, int]:
-        """The template with text and word; where the text starts and where the word does, in characters."""
-        before, after = self.template.removesuffix("{label}").split("{text}")
-        return before + text + after + word, len(before), len(before + text + after)
-
-    def example(self, text: str, word: str, tokenizer) -> tuple[Example, int]:
-        """Template, text and word, the word learned, and how many tokens at the text's end had to go."""
-        whole, start, word_start = self.fill(text, word)
-        encoding = tokenizer(whole, return_offsets_mapping=True, verbose=False)
-        ids, offsets, size = encoding["input_ids"], encoding["offset_mapping"], self.data_arguments.block_size
-        excess = max(len(ids) - size, 0)
-        if excess:
-            of_text = [n for n, (low, high) in enumerate(offsets) if high > start and low < start + len(text)]
-            if excess >= len(of_text):
-                raise InputError(f"block_size: {size} leaves no room for a text beside the template's tokens.")
-            gone = slice(of_text[-1] + 1 - excess, of_text[-1] + 1)
-            del ids[gone], offsets[gone]
-        learned = [high > word_start for _, high in offsets]
-        return Example(ids, learned, len((word or text).encode())), excess
-
-    def order(self, rows: Dataset, split: str) -> list[int]:
+    def order(self, rows, split: str):
         """Held-out rows by their length; training rows are shuffled, with `class_balance` rarer labels repeated."""
-        texts, labels = rows["text"], np.array(rows["label"])
+        if isinstance(rows, IterableDataset):
+            return rows
         if split != "train":
-            return sorted(range(len(texts)), key=lambda number: len(texts[number]))  # like lengths share a batch
+            return rows.select(np.argsort(text_lengths(rows), kind="stable"))  # like lengths share a batch
+        labels = np.fromiter(column_values(rows, "label"), np.int64)
         groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         if self.data_arguments.class_balance == "oversample":
             groups = [np.resize(group, max(map(len, groups))) for group in groups]
         order = np.random.default_rng(self.training_arguments.seed).permutation(np.concatenate(groups))
         if len(order) > len(labels):
             logger.warning(f"{split}: rarer labels are repeated, {len(labels):,} examples become {len(order):,}.")
-        return order.tolist()
+        return rows.select(order)
 
-    def examples(self, rows: Dataset, tokenizer, split: str) -> list[tuple[Example, int]]:
-        """Examples and their labels: training rows with their own word, held-out rows with every word in turn."""
-        policy, size, train = self.data_arguments.long_examples, self.data_arguments.block_size, split == "train"
-        texts, labels, words = rows["text"], rows["label"], self.words(names_of(rows))
-        drop, found, long = train and policy == "drop", [], set()  # what is held out is scored whole
-        for number in self.order(rows, split):
-            label = labels[number]
-            for word in (words[label % len(words)],) if train else words:
-                example, excess = self.example(texts[number], word, tokenizer)
-                if excess:
-                    long.add(number)
-                if not (excess and drop):
-                    found.append((example, label))
-        if long:
-            what = f"{split}: {len(long)} of {len(rows)} examples have more than block_size {size} tokens"
-            if policy == "error" or not found:
-                raise InputError(f"long_examples: {what}.")
-            logger.warning(f"{what} and are {'left out' if drop else 'cut at the end of their text'}.")
-        return found
+    def examples(self, rows, tokenizer, split: str, is_class: bool, packing: bool) -> Dataset | IterableDataset:
+        """Rows of tokens, of rows in order."""
+        size, policy = self.data_arguments.block_size, self.data_arguments.long_examples
+        encode = partial(
+            encode_labelled,
+            template=self.template,
+            words=self.words(names_of(rows)),
+            block_size=size,
+            policy=policy,
+            split=split,
+            is_class=is_class,
+        )
+        rows, readers = self.order(rows, split), self.readers(split)
+        return build_examples(rows, encode, tokenizer, size, packing, policy, split, is_class, readers=readers)
 
-    def encode_splits(self, data: PreparedData) -> dict[str, Dataset]:
+    def encode_splits(self, data: PreparedData) -> dict[str, Dataset | IterableDataset]:
         if self.data_arguments.baseline and not is_sklearn_available():
             logger.warning("baseline: scikit-learn is not installed, there will be none (pip install scikit-learn).")
         # Rows for testing too, so that what is wrong with them is said before the training.
@@ -243,9 +337,7 @@ class Classification(Task):
 
     def references(self, data: PreparedData, split: str) -> list[int]:
         """The right labels of a held-out split, in the order of its rows of tokens."""
-        rows = data.rows[split]
-        labels = rows["label"]
-        return [labels[number] for number in self.order(rows, split)]
+        return list(column_values(self.order(data.rows[split], split), "label"))
 
     def metrics_of(self, data: PreparedData, split: str) -> Callable[[EvalPrediction], dict[str, float]]:
         names = names_of(data.rows["train"])
@@ -305,13 +397,8 @@ class SequenceClassification(Classification):
     auto_class = model_class = HfLmForSequenceClassification
     peft_task_type = "SEQ_CLS"  # the head is trained whole and saved beside the adapter
 
-    def encode(self, rows: Dataset, tokenizer, split: str) -> Dataset:
-        return Dataset.from_list(
-            [
-                {"input_ids": example.input_ids, "labels": label, "num_bytes": example.num_bytes}
-                for example, label in self.examples(rows, tokenizer, split)
-            ]
-        )
+    def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
+        return self.examples(rows, tokenizer, split, is_class=True, packing=False)
 
     def collator(self, tokenizer):
         return DataCollatorWithPadding(tokenizer)
@@ -347,17 +434,16 @@ class LabelLikelihood(Classification):
             raise InputError(f"label_words: one for each of {', '.join(names)}, all different; got {words}.")
         return tuple(words)
 
-    def load(self) -> dict[str, Dataset]:
+    def load(self) -> dict[str, Dataset | IterableDataset]:
         rows, template = super().load(), self.template
         if template.count("{text}") != 1 or template.count("{label}") != 1 or not template.endswith("{label}"):
             raise InputError(f"prompt_template: must hold {{text}} once and end in {{label}}, got {template!r}.")
         self.words(names_of(rows["train"]))  # so that what is wrong with them is said first
         return rows
 
-    def encode(self, rows: Dataset, tokenizer, split: str) -> Dataset:
-        found, size = self.examples(rows, tokenizer, split), self.data_arguments.block_size
+    def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
         packing = split == "train" and self.data_arguments.packing
-        return build_examples((example for example, _ in found), lambda example: [example], size, packing, where=split)
+        return self.examples(rows, tokenizer, split, is_class=False, packing=packing)
 
     def probabilities(self, predictions: np.ndarray, names: list[str]) -> np.ndarray:
         return (-torch.tensor(predictions).double().view(-1, len(names))).softmax(-1).numpy()

@@ -54,9 +54,7 @@ class LanguageModeling(Task):
         return (row["text"] for row in rows)
 
     def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
-        arguments = self.training_arguments
-        readers = arguments.world_size * max(arguments.dataloader_num_workers, 1) if split == "train" else 1
-        return pack_documents(rows, tokenizer, self.data_arguments.block_size, readers)
+        return pack_documents(rows, tokenizer, self.data_arguments.block_size, self.readers(split))
 
     def encode_splits(self, data: PreparedData) -> dict[str, Dataset | IterableDataset]:
         encoded, share = super().encode_splits(data), self.data_arguments.replay_percentage / 100

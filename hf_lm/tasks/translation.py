@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 
 import numpy as np
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
-from ..data.documents import cells_as_text, load_rows, task_hint
-from ..data.examples import Example, build_examples
+from ..data.documents import cells_as_text, column_names, column_values, load_rows, task_hint
+from ..data.examples import Example, Say, build_examples
 from ..errors import InputError
 from ..evaluation.translation import (
     BEAMS,
@@ -25,6 +27,43 @@ from ..training.trainer import HfLmTrainer
 from .base import PreparedData, Task
 
 logger = logging.get_logger(__name__)
+TEXTS = Features({name: Value("string") for name in ("source", "target", "pair")})
+BATCH = 100  # examples tokenised at once
+
+
+def texts_of_pairs(batch: dict[str, list], pairs: list[str]) -> dict[str, list[str]]:
+    """The `source`, `target` and `pair` of each example that rows make, without those of which a text is empty."""
+    found: dict[str, list[str]] = {name: [] for name in TEXTS}
+    columns = [(pair, *(batch[language] for language in languages(pair))) for pair in pairs]
+    for number in range(len(next(iter(batch.values())))):
+        for pair, sources, targets in columns:
+            texts = sources[number], targets[number]
+            if all(isinstance(text, str) and text.strip() for text in texts):
+                for name, value in zip(TEXTS, (*texts, pair), strict=True):
+                    found[name].append(value)
+    return found
+
+
+def check_count(count: int, rows: int, pair: str, split: str) -> None:
+    """
+    Say how many rows make no example of a pair.
+
+    Raises:
+        InputError: none does.
+    """
+    if not count:
+        raise InputError(f"language_pairs: {split} has no text in both languages of {pair}.")
+    if count < rows:
+        logger.warning(f"{split}: {rows - count} of {rows} examples of {pair} are empty and left out.")
+
+
+def encode_texts(rows: Iterator[dict], tokenizer, say: Say) -> Iterator[Example]:
+    """Examples of which the target is learned, and that it ends."""
+    while batch := list(islice(rows, BATCH)):
+        sources, targets, pairs = ([row[name] for row in batch] for name in TEXTS)
+        prompts, answers = encode_sources(tokenizer, sources, pairs), encode_targets(tokenizer, targets)
+        for prompt, answer, text in zip(prompts, answers, targets, strict=True):
+            yield Example(prompt + answer, [False] * len(prompt) + [True] * len(answer), len(text.encode()))
 
 
 class Translation(Task):
@@ -60,7 +99,7 @@ class Translation(Task):
         def keep(rows, where: str):
             if "translation" in (rows.column_names or []):
                 rows = rows.map(lambda row: row["translation"], remove_columns="translation")
-            found = rows.column_names or list(next(iter(rows), {}))
+            found = column_names(rows)
             if missing := [language for language in columns if language not in found]:
                 names = ", ".join(found)
                 raise InputError(
@@ -79,36 +118,29 @@ class Translation(Task):
         tags = [tag(pair) for pair in self.data_arguments.language_pairs]
         tokenizer.add_special_tokens({"extra_special_tokens": tags}, replace_extra_special_tokens=False)
 
-    def _parallel(self, rows, pair: str, split: str) -> tuple[list[str], list[str]]:
+    def _texts_of_pairs(self, rows, split: str) -> Dataset | IterableDataset:
         """
-        Sources and targets of a pair, without those of which one is empty.
+        Rows of source, target and pair, without those of which a text is empty; of a table, shuffled by the seed.
 
         Raises:
-            InputError: nothing is left.
+            InputError: a table has none of one pair.
         """
-        source, target = languages(pair)
-        both = [(row[source], row[target]) for row in rows]
-        whole = [texts for texts in both if all(isinstance(text, str) and text.strip() for text in texts)]
-        if not whole:
-            raise InputError(f"language_pairs: {split} has no text in both languages of {pair}.")
-        if len(whole) < len(both):
-            logger.warning(
-                f"{split}: {len(both) - len(whole)} of {len(both)} examples of {pair} are empty and left out."
-            )
-        sources, targets = zip(*whole, strict=True)
-        return list(sources), list(targets)
+        pairs = self.data_arguments.language_pairs
+        made = rows.map(
+            partial(texts_of_pairs, pairs=pairs), batched=True, remove_columns=column_names(rows), features=TEXTS
+        )
+        if isinstance(rows, IterableDataset):
+            return made
+        numbers = np.fromiter(map(pairs.index, column_values(made, "pair")), np.int64)
+        for number, pair in enumerate(pairs):
+            check_count(int((numbers == number).sum()), len(rows), pair, split)
+        order = np.random.default_rng(self.training_arguments.seed).permutation(len(numbers))
+        return made.select(np.argsort(numbers, kind="stable")[order])
 
-    def encode(self, rows, tokenizer, split: str) -> Dataset:
-        examples = []
-        for pair in self.data_arguments.language_pairs:
-            sources, targets = self._parallel(rows, pair, split)
-            prompts, answers = encode_sources(tokenizer, sources, pair), encode_targets(tokenizer, targets)
-            for prompt, answer, text in zip(prompts, answers, targets, strict=True):
-                learned = [False] * len(prompt) + [True] * len(answer)
-                examples.append(Example(prompt + answer, learned, len(text.encode())))
-        np.random.default_rng(self.training_arguments.seed).shuffle(examples)
-        data = self.data_arguments
-        return build_examples(examples, lambda one: [one], data.block_size, data.packing, data.long_examples, split)
+    def encode(self, rows, tokenizer, split: str) -> Dataset | IterableDataset:
+        data, texts = self.data_arguments, self._texts_of_pairs(rows, split)
+        options = {"packing": data.packing, "policy": data.long_examples, "where": split}
+        return build_examples(texts, encode_texts, tokenizer, data.block_size, **options, readers=self.readers(split))
 
     def generation_defaults(self) -> dict:
         beam_search = {"do_sample": False, "num_beams": BEAMS, "early_stopping": True}
@@ -122,7 +154,9 @@ class Translation(Task):
         arguments, model = trainer.args, trainer.model.eval()
         scores, copied = {}, {"name": "copying the source"}
         for pair in self.data_arguments.language_pairs:
-            sources, references = self._parallel(data.rows[split], pair, split)
+            texts = texts_of_pairs(data.rows[split][:], [pair])
+            sources, references = texts["source"], texts["target"]
+            check_count(len(sources), len(data.rows[split]), pair, split)
             shares = 1 if trainer.is_sharded else arguments.world_size
             mine = sources[arguments.process_index % shares :: shares]
             parts = gather_object([translate(model, trainer.processing_class, mine, pair)])[:shares]

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,16 @@ from hf_lm.data.examples import Example, build_examples, pack_rows, show_example
 from hf_lm.data.packing import IGNORED
 from hf_lm.errors import InputError
 from hf_lm.tokenization import train_tokenizer
+
+TOKENIZER = train_tokenizer([], kind="byte")  # what it would say is given
+EXAMPLES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "learned": List(Value("bool")),
+        "num_bytes": Value("int64"),
+        "label": Value("int64"),
+    }
+)
 
 
 def random_examples(count: int, vocab_size: int = 97, longest: int = 14, seed: int = 0) -> list[Example]:
@@ -27,8 +38,13 @@ def random_examples(count: int, vocab_size: int = 97, longest: int = 14, seed: i
     return examples
 
 
+def as_examples(rows, tokenizer, say):
+    return (Example(**row) for row in rows)
+
+
 def build(examples: list[Example], **arguments):
-    return build_examples(examples, lambda example: [example], **{"block_size": 16, **arguments})
+    rows = Dataset.from_dict({name: [vars(one)[name] for one in examples] for name in EXAMPLES}, features=EXAMPLES)
+    return build_examples(rows, as_examples, TOKENIZER, **{"block_size": 16, **arguments})
 
 
 def parts(block: dict) -> list[tuple]:

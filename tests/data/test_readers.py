@@ -4,16 +4,14 @@ import csv
 import gzip
 import json
 import os
-import re
-import threading
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.memory import PeakMemory
 
 from hf_lm.data.arguments import DataArguments
 from hf_lm.data.documents import data_sha256, describe_split, hold_out, load_documents, load_rows
@@ -305,31 +303,6 @@ def test_rows_for_another_task_name_it(tmp_path, task, row, hint):
     pairs = {"language_pairs": ["en-fr"]} if task == "translation" else {}
     with pytest.raises(InputError, match=hint):
         load(task, train_file=path, **pairs)
-
-
-class PeakMemory:
-    """The most anonymous memory that this process holds, above what it held before."""
-
-    @staticmethod
-    def now() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
-
-    def __enter__(self):
-        self.before = self.peak = self.now()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.over.wait(0.005):
-            self.peak = max(self.peak, self.now())
-
-    def __exit__(self, *error) -> None:
-        self.over.set()
-        self.thread.join()
-        self.bytes = self.peak - self.before
 
 
 @pytest.mark.slow
