@@ -48,6 +48,12 @@ def test_every_room_has_a_level():
     assert {room_of(path) for path in PACKAGE.rglob("*.py")} == set(LEVEL)
 
 
+def test_every_folder_of_modules_says_what_it_is():
+    """Tools that read a package without running it skip folders that have no __init__.py."""
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path: Path):
     room = room_of(path)

@@ -28,13 +28,19 @@ REPOSITORY = Path(__file__).parents[2]
 GUIDES = REPOSITORY / "recipes" / "guides"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / ".github" / "CONTRIBUTING.md", *sorted(GUIDES.glob("*.md"))]
 PAGES += sorted((REPOSITORY / "recipes").glob("*/README.md"))
-PAGES = [page for page in PAGES if page.name != "api.md"]
 # The same commands, on less: what is shown is that they run, not what comes out.
 SHORTER = (
     "--max_steps 2 --logging_steps 1 --max_train_samples 60 --max_eval_samples 4 --eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2 "
     "--per_device_train_batch_size 2 --sample_tokens 2"
 )
-SKIPPED = ("pip install", "pytest", "ruff", "hf auth login", "hf download")  # .ci/run does what the README begins with
+SKIPPED = (
+    "pip install",
+    "pytest",
+    "ruff",
+    "mkdocs",
+    "hf auth login",
+    "hf download",
+)  # .ci/run does what the README begins with
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -233,10 +239,21 @@ def test_numbers_of_the_readme_are_those_of_the_cards():
 
 
 def test_links_lead_somewhere():
-    for page in [*PAGES, GUIDES / "api.md"]:
+    for page in PAGES:
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if not link.startswith(("http://", "https://")):
                 assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_lists_are_lists_on_github_and_on_the_site():
+    """Python-Markdown, which makes the site, wants an empty line before a list and four spaces before a nested one."""
+    for page in [*PAGES, *sorted((REPOSITORY / "hf_lm").rglob("*.md"))]:
+        text = re.sub(
+            r"^```.*?^```$|<!--.*?-->|\A---.*?^---$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M
+        )
+        item = r"(?:[-*]|\d+\.) "
+        assert not re.search(rf"^(?! |{item}).+\n{item}", text, re.M), page
+        assert not re.search(rf"^ {{1,3}}{item}", text, re.M), page
 
 
 def test_the_readme_names_every_command():
@@ -244,9 +261,39 @@ def test_the_readme_names_every_command():
     assert [name for name in COMMANDS if f"`{name}`" not in text] == []
 
 
-def test_the_reference_is_that_of_the_code():
-    reference = runpy.run_path(str(GUIDES / "api_reference.py"))["reference"]()
-    assert (GUIDES / "api.md").read_text(encoding="utf-8") == reference, "run recipes/guides/api_reference.py"
+@pytest.fixture(scope="module")
+def reference():
+    """The module that writes the reference when the site is built."""
+    return runpy.run_path(str(GUIDES / "reference.py"))
+
+
+def test_the_reference_tells_of_everything(reference):
+    from hf_lm.serving.protocol import REFUSED, ChatRequest, CompletionRequest
+    from hf_lm.tasks.recipe import recipe_keys
+    from hf_lm.training.verdicts import VERDICTS
+
+    sections = {name: write() for name, write in reference["SECTIONS"].items()}
+    listed = {name: set(re.findall(r"^\| \[?`([^`]+)`", text, re.M)) - {"hf-lm"} for name, text in sections.items()}
+    assert listed["commands"] == set(COMMANDS)
+    assert listed["recipe keys"] | listed["training arguments"] >= {*recipe_keys()}
+    assert listed["training arguments"] >= set(VERDICTS)
+    assert listed["server fields"] >= {*REFUSED, *ChatRequest.model_fields, *CompletionRequest.model_fields}
+    pages = reference["pages"]()
+    for name in COMMANDS:
+        assert f"\n## {name}\n" in pages["commands.md"] and f"usage: hf-lm {name} " in pages["commands.md"]
+    for name in reference["MODULES"]:
+        assert importlib.import_module(f"hf_lm.{name}").__doc__ and f"{name}.md" in pages
+
+
+def test_the_page_of_the_reference_has_a_place_for_each_table(reference):
+    text = (GUIDES / "reference.md").read_text(encoding="utf-8")
+    assert re.findall(r"<!-- (.*?) -->", text) == list(reference["SECTIONS"])
+
+
+def test_the_site_is_built_with_warnings_as_errors():
+    for path in (".ci/run", ".github/workflows/docs.yml"):
+        text = (REPOSITORY / path).read_text(encoding="utf-8")
+        assert re.search(r"mkdocs build .*--strict .*-f \.github/mkdocs\.yml", text) and ".[docs]" in text, path
 
 
 def test_the_workflows_run_the_quick_tests_at_each_push_and_ci_run_each_night():
