@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from helpers.models import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,6 +46,14 @@ def test_a_symbolic_trace_of_the_norm_is_the_plain_formula(offset):
     assert arithmetic == ["add"] * offset + ["pow", "mean", "add", "rsqrt", "mul", "mul"]
     x = torch.randn(2, 3, 8)
     torch.testing.assert_close(torch.fx.GraphModule(norm, graph)(x), norm(x))
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_a_norm_built_by_its_size_alone_tells_where_its_weight_is_centred(offset):
+    """How older vLLM tells Gemma's norm from Llama's: `type(norm)(1)`."""
+    for norm in build("default", norm_offset=offset).modules():
+        if "Norm" in type(norm).__name__:
+            assert type(norm)(1).weight.item() == (0.0 if offset else 1.0)
 
 
 class Attention(torch.nn.Module):

@@ -6,6 +6,7 @@ from datasets import Dataset
 from helpers.models import book_tokenizer, save_small_model
 
 from hf_lm import HfLmForCausalLM
+from hf_lm.interop.adapters import untie
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +98,45 @@ def test_grpo_follows_a_reward(model, tokenizer, tmp_path):
     )
     trainer.train()
     assert changed(model, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "targets"),
+    [
+        ({}, "embed_tokens"),
+        ({"embedding_multiplier": 3.0}, "embed_tokens"),
+        ({"tie_word_embeddings": False}, "embed_tokens"),
+        ({"position_embedding_type": "learned"}, "embed_positions"),
+        ({"embedding_multiplier": 3.0}, "trainable tokens"),
+        ({"tie_word_embeddings": False}, "trainable tokens"),
+        ({}, None),
+    ],
+)
+def test_embeddings_are_adapted_saved_and_merged(tokenizer, tmp_path, changes, targets):
+    from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+
+    def load():
+        return HfLmForCausalLM.from_pretrained(tmp_path / "model").eval()
+
+    save_small_model(tmp_path / "model", tokenizer, zero_init_residual=False, initializer_range=0.2, **changes)
+    ids, base = torch.randint(3, 400, (2, 12)), load()
+    before = base(ids).logits
+    if targets == "trainable tokens":
+        config = TrainableTokensConfig(token_indices=ids[0, :4].tolist())
+    else:
+        config = LoraConfig(target_modules=targets and [targets], r=4)
+    adapted = get_peft_model(base, config)
+    torch.testing.assert_close(adapted.eval()(ids).logits, before)
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted(ids, labels=ids).loss.backward()
+        optimizer.step()
+    expected = adapted(ids).logits
+    assert not torch.allclose(expected, before)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(ids).logits, expected)
+    if targets == "embed_tokens" and base.config.tie_word_embeddings:
+        untie(again)  # as `hf-lm merge` does: PEFT would merge into the head as well, with any tied model
+    torch.testing.assert_close(again.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
