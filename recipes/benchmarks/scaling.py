@@ -58,7 +58,9 @@ def measure(side: str, **case) -> dict[str, float]:
 def check_budget(budget: float) -> dict[str, float]:
     """Ask the plan, train what it chooses."""
     command = [sys.executable, "-m", "hf_lm", "plan", str(RECIPE), "--budget", f"{budget:g}s", "--json"]
-    done = subprocess.run(command, check=True, cwd=harness.REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=harness.REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
     choice = json.loads(done.stdout)
     metrics = harness.train_recipe(RECIPE, {}, choice["overrides"])
     predicted, measured = choice["best"].pop("bits_per_byte"), metrics["bits_per_byte"]
