@@ -128,6 +128,9 @@ class HfLmConfig(PreTrainedConfig):
         embedding_dropout, residual_dropout, attention_dropout: probabilities [GPT-2, Phi, Starcoder2, ...].
         classifier_dropout: probability before the token-classification head.
 
+    Export:
+        native_family: `model_type` of the family as which `hf-lm export` writes the model, where several can hold it.
+
     Raises:
         ValueError: on construction, if fields are out of range or contradict each other (all `validate_*` methods).
 
@@ -191,6 +194,7 @@ class HfLmConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
 
+    native_family: str | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -28,6 +28,7 @@ KEYS = {
     "bf16": "bfloat16 mixed_precision precision dtype torch_dtype",
     "gradient_checkpointing": "activation_checkpoint checkpointing",
     "model_name_or_path": "model model_name model_path base_model checkpoint pretrained pretrained_model",
+    "architecture": "model_type arch family model_family architectures",
     "tokenizer_name": "tokenizer tokenizer_path tokenizer_name_or_path",
     "attn_implementation": "attention attn flash_attention",
     "use_peft": "lora use_lora peft adapter finetuning_type",

@@ -295,7 +295,8 @@ def read_config(config_dict: dict[str, Any], source: str) -> dict[str, Any]:
 
 def choose_family(config: HfLmConfig, wanted: str | None = None, head: str | None = None) -> Family:
     """
-    The first family that can hold a model with exactly these options, or the wanted one if it can.
+    The first family that can hold a model with exactly these options (that of `config.native_family`, if it can), or the
+    wanted one if it can.
 
     Args:
         head: of the model, a key of `HEADS`; None: a language model's.
@@ -309,8 +310,12 @@ def choose_family(config: HfLmConfig, wanted: str | None = None, head: str | Non
     if not able:
         raise InputError(f"transformers has no {wanted} class for {HEADS[head]}.")
     lacking = {name: FAMILIES[name].differences(config) for name in able}
-    # of those that can, rather one that has a factor for scaled embeddings than one that takes them untied
-    name = min(able, key=lambda name: (len(lacking[name]), FAMILIES[name].as_held(config) is not config))
+
+    def rank(name: str) -> tuple[int, bool, bool]:
+        """Of those that can: the one it was made as; rather one that has a factor for scaled embeddings."""
+        return len(lacking[name]), name != config.native_family, FAMILIES[name].as_held(config) is not config
+
+    name = min(able, key=rank)
     options = lacking[name]
     if not options:
         return FAMILIES[name]

@@ -164,7 +164,8 @@ class Family:
         task = re.sub(r"(?<!^)(?=[A-Z])", "_", head).upper()
         return getattr(transformers, f"MODEL_{task}_MAPPING").get(self.config_class, None)
 
-    def _field_pairs(self) -> dict[str, str]:
+    def field_pairs(self) -> dict[str, str]:
+        """`{our field: theirs}` for all that are copied."""
         return {ours: theirs for ours, theirs in (SHARED | dict(self.fields)).items() if theirs is not None}
 
     def to_hf_lm(self, theirs: PreTrainedConfig) -> dict[str, Any]:
@@ -177,11 +178,11 @@ class Family:
         for name in self.refused:
             if getattr(theirs, name, None):
                 raise InputError(
-                    f"{self.model_type}: {name} is {getattr(theirs, name)!r}, which hf_lm cannot express; only "
-                    f"checkpoints with {name} false can be imported."
+                    f"{self.model_type}: {name} is {getattr(theirs, name)!r}, which hf_lm cannot express; it must be "
+                    "false."
                 )
         ours = PLAIN | dict(self.fixed)
-        ours |= {name: getattr(theirs, their_name) for name, their_name in self._field_pairs().items()}
+        ours |= {name: getattr(theirs, their_name) for name, their_name in self.field_pairs().items()}
         for rule in self.rules:
             ours |= rule.read(theirs)
         if not 0 <= (ours["pad_token_id"] or 0) < ours["vocab_size"]:  # -1 in old checkpoints means none
@@ -199,16 +200,18 @@ class Family:
         The configuration of the model that the family holds in place of this one: the same, or with scaled embeddings
         folded into the weights (`unscaled`) if the family comes nearer to that.
         """
-        folded = ours if ours.embedding_multiplier == 1.0 else unscaled(ours)
-        return min(ours, folded, key=lambda config: len(self._differences(config)))
+        if ours.embedding_multiplier == 1.0:
+            return ours
+        return min(ours, unscaled(ours), key=lambda config: len(self._differences(config)))
 
     def from_hf_lm(self, ours: HfLmConfig) -> PreTrainedConfig:
         """Their configuration, as near to ours as the family comes (see `differences`)."""
-        return self._write(self.as_held(ours))
+        return self.write(self.as_held(ours))
 
-    def _write(self, ours: HfLmConfig) -> PreTrainedConfig:
+    def write(self, ours: HfLmConfig) -> PreTrainedConfig:
+        """As `from_hf_lm`, without folding anything into the weights."""
         values: dict[str, Any] = {}
-        for name, their_name in self._field_pairs().items():
+        for name, their_name in self.field_pairs().items():
             values.setdefault(their_name, getattr(ours, name))
         known = {item.name for item in fields(self.config_class)}
         for rule in self.rules:
@@ -235,7 +238,7 @@ class Family:
 
     def _differences(self, ours: HfLmConfig) -> dict[str, tuple[Any, Any]]:
         try:
-            native = HfLmConfig(**self.to_hf_lm(self._write(ours)))
+            native = HfLmConfig(**self.to_hf_lm(self.write(ours)))
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, IndexError) as error:
             return {"config": ("a value", f"none, as {self.config_class.__name__} refuses it ({error})")}
         mine, theirs = _effective(ours), _effective(native)

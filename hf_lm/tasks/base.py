@@ -24,6 +24,7 @@ from ..errors import InputError, explained, one_line
 from ..interop.adapters import add_adapter
 from ..interop.convert import readable
 from ..interop.folders import is_missing_folder
+from ..interop.shapes import check_architecture, new_fields
 from ..loading import load_tokenizer
 from ..modeling_hf_lm import HfLmForCausalLM
 from ..synonyms import FIELDS, closest
@@ -114,7 +115,11 @@ class Task(ABC):
         Raises:
             InputError: they do not.
         """
-        arguments = self.training_arguments
+        arguments, architecture = self.training_arguments, self.model_arguments.architecture
+        if architecture is not None:
+            check_architecture(architecture)
+            if self.model_arguments.model_name_or_path is not None:
+                raise InputError("architecture: is for a new model; that of model_name_or_path has one already.")
         if self.data_arguments.streaming and arguments.train_sampling_strategy == "group_by_length":
             raise InputError(
                 "train_sampling_strategy: group_by_length needs the lengths of all rows; a stream has none."
@@ -244,13 +249,15 @@ class Task(ABC):
                     )
                 add_embeddings(model, len(tokenizer), data.stands_for)
             return model
-        known = HfLmConfig.__dataclass_fields__
-        if unknown := sorted(set(arguments.config_fields()) - set(known)):
-            close = closest(unknown[0], known, FIELDS)
-            meant = f"; did you mean {close!r}?" if close else "."
-            raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}{meant}")
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": self.data_arguments.block_size}
+        if arguments.architecture is not None:
+            shape = new_fields(arguments.architecture, arguments.config_fields(), **sizes, **special)
+            fields = shape | self.config_fields(data)
+        elif unknown := sorted(arguments.config_fields().keys() - HfLmConfig.__dataclass_fields__):
+            close = closest(unknown[0], HfLmConfig.__dataclass_fields__, FIELDS)
+            meant = f"; did you mean {close!r}?" if close else "."
+            raise InputError(f"config_overrides: HfLmConfig has no field {', '.join(unknown)}{meant}")
         with explained("config_overrides"):
             config = HfLmConfig(attn_implementation=attention, **(sizes | special | fields))
         model = self.model_class(config)

@@ -55,9 +55,15 @@ class ModelArguments:
         default=None,
         metadata={"help": "folder or Hub id of the checkpoint to start from; none: a new model", "is_path": True},
     )
+    architecture: str | None = field(
+        default=None, metadata={"help": "shape of a new model: llama, qwen3, gpt2, ...; default: that of HfLmConfig"}
+    )
     config_overrides: dict | str | None = field(
         default=None,
-        metadata={"help": "fields of HfLmConfig, as hidden_size=128,num_hidden_layers=6 or as a mapping in YAML"},
+        metadata={
+            "help": "fields of HfLmConfig (or of the architecture's configuration), as "
+            "hidden_size=128,num_hidden_layers=6 or as a mapping in YAML"
+        },
     )
     tokenizer_name: str | None = field(
         default=None,
