@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..app.run import Interrupted, keep_run_traceback, train
+    from ..interop.elsewhere import where_it_runs
     from ..tasks.recipe import parse_recipe
 
     logging.disable_progress_bar()  # of each saved or loaded weight; the training keeps its own
@@ -67,4 +68,5 @@ def run(arguments: argparse.Namespace) -> int:
             f"{summary}{metrics['steps']:,} steps, {metrics['train_tokens']:,} tokens, "
             f"{metrics['total_seconds']:.0f} s -> {parsed[2].output_dir}"
         )
+        print(where_it_runs(parsed[2].output_dir))
     return 0

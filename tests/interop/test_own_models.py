@@ -1,6 +1,7 @@
 """Models trained here from scratch, as checkpoints that run without any code of ours."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from hf_lm import HfLmConfig, HfLmForCausalLM
 from hf_lm.cli import main
 from hf_lm.errors import InputError
 from hf_lm.interop.convert import to_native
+from hf_lm.interop.elsewhere import where_it_runs
 from hf_lm.interop.families import choose_family
 
 CONSTANTS = {"alpha_p": [0.541324854612918], "alpha_n": [-1000.0], "beta": 0.0, "eps": -1e-6}
@@ -161,3 +163,36 @@ def test_soft_cap_is_refused_by_name(option):
     config = HfLmConfig(**{option: 15.0, "embedding_multiplier": 11.3})
     with pytest.raises(InputError, match=rf"nearest is apertus, but for: {option} is 15\.0, there None\.$"):
         choose_family(config)
+
+
+def test_train_ends_by_naming_where_the_model_runs(recipe, tmp_path, capsys):
+    assert main(["train", recipe(max_steps=2, eval_strategy="no", save_strategy="no", sample_prompts=None)]) == 0
+    run = tmp_path / "run"
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == (
+        f"Runs without hf_lm in transformers and vLLM as ApertusForCausalLM: hf-lm export {run} {run}-native"
+    )
+    assert main(line.partition(": hf-lm ")[2].split()) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "head", "expected"),
+    [
+        ({"final_logit_softcapping": 15.0}, "CausalLM", "with hf_lm only: .* final_logit_softcapping is 15.0, there None"),
+        ({"hidden_act": "gelu"}, "CausalLM", "without hf_lm in transformers as ApertusForCausalLM: hf-lm export"),
+        ({"mlp_type": "gated"}, "TokenClassification", "in transformers as Qwen3ForTokenClassification: hf-lm export"),
+        ({}, "SequenceClassification", "with hf_lm only: .* a class for a text classifier"),
+    ],
+)  # fmt: skip
+def test_what_is_in_the_way_elsewhere_is_said(options, head, expected, tmp_path):
+    config = HfLmConfig(**options)
+    config.architectures = [f"HfLmFor{head}"]
+    config.save_pretrained(tmp_path)
+    assert re.search(expected, where_it_runs(tmp_path))
+
+
+def test_adapters_and_native_models_are_told_apart(tmp_path):
+    transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert where_it_runs(tmp_path) == "Runs without hf_lm as it is: LlamaForCausalLM of transformers"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert f"hf-lm merge {tmp_path} {tmp_path}-merged" in where_it_runs(tmp_path)
