@@ -15,7 +15,7 @@ from hf_lm.interop.convert import to_native
 from hf_lm.interop.families import FAMILIES, choose_family
 from hf_lm.interop.shapes import new_fields
 from hf_lm.planning.plan import plan
-from hf_lm.training.arguments import parse_recipe
+from hf_lm.tasks.recipe import parse_recipe
 
 GIVEN = {"vocab_size": 99, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
