@@ -406,7 +406,8 @@ class HfLmModel(HfLmPreTrainedModel):
         masks, attention_kwargs = make_causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, kwargs.get("cu_seq_lens_q")
         )
-        kwargs = attention_kwargs | kwargs
+        if attention_kwargs:  # in place, since llm-compressor traces this and cannot pass on a dict it does not know
+            kwargs.update(attention_kwargs | kwargs)
         if position_ids is None:
             position_ids = default_position_ids(inputs_embeds, attention_mask, past_key_values)
 
