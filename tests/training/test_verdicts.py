@@ -153,7 +153,7 @@ def weights(trainer: HfLmTrainer) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CHANGE, *KEEP])
+@pytest.mark.parametrize("name", [name for name in CHANGE | KEEP if name in TrainingArguments.__dataclass_fields__])
 def test_arguments_that_work_change_what_they_should(run, plain, name):
     torch_state = torch.are_deterministic_algorithms_enabled()
     changes = (CHANGE | KEEP)[name]
