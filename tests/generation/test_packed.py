@@ -119,7 +119,7 @@ def test_a_cache_with_room_holds_what_the_librarys_holds():
 
     def both(tokens: int, batch: int = 2) -> None:
         key, value = torch.randn(2, batch, 3, tokens, 4)
-        for got, want in zip(append(ours, key, value, 0), theirs.update(key, value, 0), strict=True):
+        for got, want in zip(append(ours, key, value, 0, {}), theirs.update(key, value, 0), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
     for tokens in (5, 1, 1, 7, 1):
