@@ -49,12 +49,18 @@ def show(report: dict, destination: str, as_json: bool) -> int:
     if "random_weights" in report:
         print(f"random weights, not compared: {', '.join(report['random_weights'])}")
         return 0
-    print(
-        f"parity over {report['tokens']} tokens: largest logit difference {report['max_logit_difference']:.2g}, "
-        f"top-1 agreement {report['top1_agreement']:.2%}"
-    )
-    if report["bits_per_byte"] is not None:
+    if report.get("judge", "transformers") is None:
+        print("not read back: transformers does not read all of it; install xllamacpp to compare it in llama.cpp")
+    else:
+        kind, by = ("logprob", " in llama.cpp") if report.get("judge") == "llama.cpp" else ("logit", "")
+        print(
+            f"parity{by} over {report['tokens']} tokens: largest {kind} difference "
+            f"{report[f'max_{kind}_difference']:.2g}, top-1 agreement {report['top1_agreement']:.2%}"
+        )
+    if report.get("bits_per_byte") is not None:
         print(f"bits per byte: {report['bits_per_byte']:.4f}, original {report['reference_bits_per_byte']:.4f}")
+    if report.get("same_tokens") is False:
+        print("the text is split into other tokens than by the original tokenizer")
     for note in report.get("notes", ()):
         print(f"note: {note}")
     return 0

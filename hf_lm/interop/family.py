@@ -245,6 +245,11 @@ class Family:
         return {name: (mine[name], theirs[name]) for name in mine if not _same(mine[name], theirs[name])}
 
 
+def same_logits(one: HfLmConfig, other: HfLmConfig) -> bool:
+    """Whether all options are equal that have an effect on the logits, numbers to the precision of float32."""
+    return _same(_effective(one), _effective(other), rel_tol=1e-6)
+
+
 def _effective(config: HfLmConfig) -> dict[str, Any]:
     """The options that have an effect on the logits, so that equal models have equal values."""
     skipped = {"rope_parameters", *WITHOUT_EFFECT_ON_LOGITS}
@@ -261,9 +266,9 @@ def _effective(config: HfLmConfig) -> dict[str, Any]:
     return values
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Any, other: Any, rel_tol: float = 1e-9) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(_same(one[key], other[key], rel_tol) for key in one)
     if isinstance(one, float) or isinstance(other, float):
-        return one is not None and other is not None and math.isclose(one, other, rel_tol=1e-9)
+        return one is not None and other is not None and math.isclose(one, other, rel_tol=rel_tol)
     return one == other

@@ -11,9 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_lm import HfLmConfig, HfLmForCausalLM, HfLmForSequenceClassification
 from hf_lm.cli import main
-from hf_lm.errors import InputError
 from hf_lm.interop.gguf import export_gguf
-from hf_lm.interop.gguf_models import gguf_family
 from hf_lm.interop.parity import default_text
 
 # the options of each architecture that a GGUF file holds
@@ -99,23 +97,6 @@ def test_gguf_file_becomes_an_hf_lm_model(checkpoint, tokenizer, tmp_path):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in original.state_dict().items())
     text = default_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "ours")(text)["input_ids"] == tokenizer(text)["input_ids"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"attention_bias": True, "attention_out_bias": True}, "attention_bias True"),
-        ({"mlp_bias": True}, "mlp_bias True"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type 'linear'"),
-        ({"norm_position": "post"}, "No family of native checkpoints"),
-        ({"norm_type": "layernorm", "norm_bias": True}, "this one is of stablelm"),
-    ],
-)
-def test_gguf_names_the_options_it_cannot_hold(options, message):
-    llama = {"qk_norm": None, "mlp_type": "gated", "hidden_act": "silu"}
-    with pytest.raises(InputError, match=message):
-        gguf_family(HfLmConfig(**(llama | options)))
 
 
 @pytest.mark.slow
