@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..files import library_is_silent, read_json
 from .families import choose_family
 from .family import Family
-from .gguf_models import gguf_family
+from .gguf_models import gguf_model
 from .heads import class_name, head_of
 
 
@@ -61,6 +61,6 @@ def _has_usual_activation(family: Family, config: HfLmConfig) -> bool:
 def _gguf(config: HfLmConfig) -> str | None:
     """The GGUF architecture of a model, None if there is none."""
     try:
-        return gguf_family(config)
+        return gguf_model(config).architecture
     except InputError:
         return None

@@ -107,10 +107,10 @@ def _read_again(
         return {"judge": None}
     request = {"content": text, "add_special": False, "parse_special": True}
     found = llama_cpp.ask(folder / FILE_NAME, [("/tokenize", request)])[0]["tokens"]
-    limit = min(row.context_length(reference.config) - GREEDY, GREEDY)
-    prompt, _ = encode(text, tokenizer, reference.config.vocab_size, limit)
-    special = tokenizer.all_special_ids
-    report = compare_with_llama_cpp(folder / FILE_NAME, reference, prompt[0].tolist(), special, dtype)
+    number = min(row.context_length(reference.config) // 2, GREEDY)
+    prompt, _ = encode(text, tokenizer, reference.config.vocab_size, number)
+    prompt, special = prompt[0].tolist(), tokenizer.all_special_ids
+    report = compare_with_llama_cpp(folder / FILE_NAME, reference, prompt, number, special, dtype)
     return report | {"same_tokens": found == tokenizer(text, add_special_tokens=False)["input_ids"]}
 
 
@@ -139,13 +139,14 @@ def transformers_understands(folder: Path, config: HfLmConfig) -> bool:
 
 @torch.no_grad()
 def compare_with_llama_cpp(
-    file: Path, reference: PreTrainedModel, prompt: list[int], special: list[int], dtype: str
+    file: Path, reference: PreTrainedModel, prompt: list[int], number: int, special: list[int], dtype: str
 ) -> dict[str, Any]:
     """
     Let llama.cpp continue a prompt greedily, and read what it wrote with our model.
 
     Args:
         reference: in float32.
+        number: how many tokens are to be written.
         special: tokens that are not to be written, such as those that end a text.
         dtype: of the file.
 
@@ -159,11 +160,11 @@ def compare_with_llama_cpp(
     """
     # llama.cpp tells no probabilities at a place whose most likely token is no whole character: so at several
     places = range(len(prompt), 0, -1)[:8]
-    requests = [llama_cpp.greedy_request(prompt, GREEDY, special)]
+    requests = [llama_cpp.greedy_request(prompt, number, special)]
     for length in places:
         path, body = llama_cpp.greedy_request(prompt[:length], 1, special)
         requests.append((path, body | {"n_probs": 10}))
-    written, *answers = llama_cpp.ask(file, requests, len(prompt) + GREEDY)
+    written, *answers = llama_cpp.ask(file, requests, len(prompt) + number)
     tokens = written["tokens"]
     logprobs = reference(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
     difference = 0.0

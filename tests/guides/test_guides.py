@@ -296,6 +296,11 @@ def test_the_site_is_built_with_warnings_as_errors():
         assert re.search(r"mkdocs build .*--strict .*-f \.github/mkdocs\.yml", text) and ".[docs]" in text, path
 
 
+def test_the_table_of_formats_is_that_of_the_code():
+    page = runpy.run_path(str(GUIDES / "formats.py"))["page"]()
+    assert (GUIDES / "import_export.md").read_text(encoding="utf-8") == page, "run recipes/guides/formats.py"
+
+
 def test_the_workflows_run_the_quick_tests_at_each_push_and_ci_run_each_night():
     folder = REPOSITORY / ".github" / "workflows"
     jobs = {path.stem: yaml.safe_load(path.read_text())["jobs"] for path in folder.glob("*.yml")}

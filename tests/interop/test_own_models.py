@@ -168,7 +168,8 @@ def test_soft_cap_is_refused_by_name(option):
 def test_train_ends_by_naming_where_the_model_runs(recipe, tmp_path, capsys):
     assert main(["train", recipe(max_steps=2, eval_strategy="no", save_strategy="no", sample_prompts=None)]) == 0
     run = tmp_path / "run"
-    line = capsys.readouterr().out.splitlines()[1]
+    _, line, in_gguf, *_ = capsys.readouterr().out.splitlines()
+    assert in_gguf == f"Runs without hf_lm in llama.cpp and Ollama as GGUF of apertus: hf-lm export {run} {run}.gguf"
     assert line == (
         f"Runs without hf_lm in transformers and vLLM as ApertusForCausalLM: hf-lm export {run} {run}-native"
     )
