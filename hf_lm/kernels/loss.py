@@ -231,7 +231,7 @@ def _fastest_loss_and_gradients(hidden: torch.Tensor, *arguments) -> tuple[torch
             raise
         except RuntimeError as error:  # of the compiler; an error of the inputs is raised again below
             _compiler_fails = True
-            reason = str(error).partition("\n")[0]
+            reason = " ".join(str(error).partition("\n\n")[0].split())
             logger.warning(f"The loss takes longer and more memory, for here it cannot be compiled. {reason}")
     return _loss_and_gradients(hidden, *arguments)
 
