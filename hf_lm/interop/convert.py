@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
-from transformers.utils import cached_file
 
 from .. import modeling_hf_lm
 from ..errors import InputError, one_line
@@ -35,7 +34,7 @@ from .folders import check_sizes
 from .gguf_pre_tokenizers import named_pre_tokenizer
 from .heads import HEADS, head_of
 from .parity import compare, rounded
-from .reader import gguf_head_dim, source_config
+from .reader import gguf_fields, gguf_head_dim, source_config
 from .weights import check_loaded, native_state_dict, to_write
 
 TOKENIZER_FILES = (
@@ -185,10 +184,8 @@ def _only_tokens_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
 
 def _splits_as_named(tokenizer: PreTrainedTokenizerBase, source: str, gguf_file: str) -> PreTrainedTokenizerBase:
     """With the pre-tokenizer that a GGUF file names; of many names, transformers takes GPT-2's instead."""
-    from gguf import GGUFReader
-
-    name = GGUFReader(cached_file(source, gguf_file)).fields.get("tokenizer.ggml.pre")
-    if name is not None and (found := named_pre_tokenizer(name.contents())):
+    name = gguf_fields(source, gguf_file).get("tokenizer.ggml.pre")
+    if name is not None and (found := named_pre_tokenizer(name)):
         tokenizer.backend_tokenizer.pre_tokenizer = found
     return tokenizer
 

@@ -126,24 +126,8 @@ PRINTED = (
     "< > = ^ ` | ~ @ ; : 。 ， 、 ！ （ … “ — ¿ § € © → ∑ 😀 ǅ ʰ º ı 𐍈 'S 'VE IT'S 's 't 're 've 'm 'll 'd the The ABC "
     "camelCase Größe нещо 世界 हिन्दी ខ្មែរ 👨\u200d👩\u200d👧 🇩🇪 ✈️ 1 2 12 123 1234 12345 1234567 1a a1 .. ... -- =="
 )
-WHITE = (
-    " ",
-    "  ",
-    "   ",
-    "     ",
-    "\t",
-    "\t\t",
-    "\n",
-    "\n\n",
-    "\n\n\n",
-    "\r\n",
-    "\r",
-    "\u00a0",
-    "\u3000",
-    "\u2028",
-    "\u200b",
-)
-ATOMS = (*PRINTED.split(), *WHITE)
+WHITE = " |  |   |     |\t|\t\t|\n|\n\n|\n\n\n|\r\n|\r|\u00a0|\u3000|\u2028|\u200b"
+ATOMS = (*PRINTED.split(), *WHITE.split("|"))
 
 
 def probe(atoms: Iterable[str] = ATOMS, number: int = 500, length: int = 6) -> list[str]:

@@ -62,11 +62,15 @@ def kind_of(backend: Tokenizer) -> Kind:
 def _byte_level(backend: Tokenizer, definition: dict[str, Any]) -> Kind:
     rule, is_exact = rule_of(backend)
     keys = {"tokenizer_pre": rule.name, "token_merges": merges_of(definition)}
-    note = (
-        f"llama.cpp's pre-tokenizer {rule.name} follows this tokenizer for most texts, not for all (words with letters that "
-        "are not ASCII, combining marks, unusual white space)"
-    )
-    return Kind("gpt2", keys, rule.applied_to(definition), notes=() if is_exact else (note,))
+    notes = []
+    if not is_exact:
+        notes.append(
+            f"llama.cpp's pre-tokenizer {rule.name} follows this tokenizer for most texts, not for all (words with letters "
+            "that are not ASCII, combining marks, unusual white space)"
+        )
+    if definition["normalizer"] is not None:
+        notes.append("llama.cpp does not normalize texts: give it Unicode's form C")
+    return Kind("gpt2", keys, rule.applied_to(definition), notes=tuple(notes))
 
 
 def merges_of(definition: dict[str, Any]) -> list[str]:

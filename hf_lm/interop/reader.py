@@ -9,7 +9,9 @@ the config bears until the model is loaded.
 import os
 from collections.abc import Callable
 from copy import copy
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -49,13 +51,24 @@ def gguf_head_dim(name, gguf_file: str | None = None, **kwargs) -> dict[str, int
     """`head_dim` as a GGUF file states it, where transformers takes its family's default instead; else nothing."""
     if gguf_file is None:
         return {}
-    from gguf import GGUFReader
-
-    options = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key)}
-    fields = GGUFReader(cached_file(name, gguf_file, **options)).fields
-    family = FAMILIES.get(fields["general.architecture"].contents())
+    fields = gguf_fields(name, gguf_file, **kwargs)
+    family = FAMILIES.get(fields["general.architecture"])
     size = fields.get(f"{family.model_type}.attention.key_length") if family and "head_dim" in family.fields else None
-    return {} if size is None else {"head_dim": size.contents()}
+    return {} if size is None else {"head_dim": size}
+
+
+def gguf_fields(name, gguf_file: str, **kwargs) -> dict[str, Any]:
+    """What a GGUF file says in numbers and texts, not in lists, under its own keys."""
+    path = cached_file(name, gguf_file, **{key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key)})
+    return _fields_of(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(maxsize=2)  # a vocabulary takes seconds to read
+def _fields_of(path: str, modified: int) -> dict[str, Any]:
+    from gguf import GGUFReader, GGUFValueType
+
+    fields = GGUFReader(path).fields
+    return {key: field.contents() for key, field in fields.items() if GGUFValueType.ARRAY not in field.types}
 
 
 def is_foreign(config_dict: dict) -> bool:

@@ -1,33 +1,21 @@
-"""Stock llama.cpp, as the package xllamacpp runs it: a server in this process."""
+"""What llama.cpp's server makes of texts and conversations."""
 
-import json
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from hf_lm.interop.llama_cpp import ask
 
-class LlamaCpp:
-    """A model in llama.cpp, in one thread and with a cache in float32."""
 
-    def __init__(self, file: Path, context: int = 256) -> None:
-        xllamacpp = pytest.importorskip("xllamacpp")
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.warmup, params.cpuparams.n_threads = str(file), context, False, 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self.server = xllamacpp.Server(params)
+def tokens(file: Path, texts: list[str]) -> list[list[int]]:
+    """The tokens of prompts, special ones read as such."""
+    pytest.importorskip("xllamacpp")
+    bodies = [{"content": text, "add_special": True, "parse_special": True} for text in texts]
+    return [answer["tokens"] for answer in ask(file, [("/tokenize", body) for body in bodies])]
 
-    def post(self, path: str, **fields) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.server.listening_address + path, json.dumps(fields).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
 
-    def tokens(self, text: str, add_special: bool = True) -> list[int]:
-        return self.post("/tokenize", content=text, add_special=add_special, parse_special=True)["tokens"]
-
-    def prompt_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation, ready for the next answer."""
-        return self.tokens(self.post("/apply-template", messages=messages)["prompt"])
+def prompts(file: Path, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+    """The tokens of conversations, ready for the next answer."""
+    pytest.importorskip("xllamacpp")
+    rendered = ask(file, [("/apply-template", {"messages": messages}) for messages in conversations])
+    return tokens(file, [answer["prompt"] for answer in rendered])

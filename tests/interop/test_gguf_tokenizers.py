@@ -4,7 +4,7 @@ import json
 
 import pytest
 from gguf import GGUFReader
-from helpers.llama_cpp import LlamaCpp
+from helpers.llama_cpp import prompts, tokens
 from tokenizers import (
     AddedToken,
     Regex,
@@ -176,11 +176,10 @@ def exported(checkpoint, tmp_path):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_exported_tokenizer_gives_the_same_tokens(name, exported):
     tokenizer = TOKENIZERS[name]()
-    llama_cpp = LlamaCpp(exported(tokenizer))
-    for text in (TEXT, default_text(), "", "a", *probe(number=40)):
-        if name in NO_SPACE_AFTER_SPECIAL:
-            text = text.lstrip(" ").replace("<|eos|>", "eos")
-        assert llama_cpp.tokens(text) == tokenizer(text)["input_ids"], text
+    texts = [TEXT, default_text(), "", "a", *probe(number=40)]
+    if name in NO_SPACE_AFTER_SPECIAL:
+        texts = [text.lstrip(" ").replace("<|eos|>", "eos") for text in texts]
+    assert tokens(exported(tokenizer), texts) == tokenizer(texts)["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +194,8 @@ def test_each_rule_is_what_llama_cpp_does_under_its_name(rule, crossing, exporte
     tokenizer = with_bos(rule.applied_to(json.loads(crossing.to_str())))
     file = exported(tokenizer)
     assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == rule.name
-    llama_cpp = LlamaCpp(file)
-    for text in (TEXT, *probe(number=150, length=7)):
-        assert llama_cpp.tokens(text) == tokenizer(text)["input_ids"], text
+    texts = [TEXT, *probe(number=150, length=7)]
+    assert tokens(file, texts) == tokenizer(texts)["input_ids"]
 
 
 def test_names_are_chosen_by_what_a_tokenizer_does(crossing):
@@ -270,6 +268,7 @@ def test_differences_around_a_text_are_told():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|eos|> <|bos|> $A", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
     )
+    assert "does not normalize texts" in kind_of(byte_level(normalizer=normalizers.NFC())).notes[0]
     notes = notes_on(tokenizer, kind_of(tokenizer.backend_tokenizer))
     assert "'a<|end|> a'" in notes[0] and "puts other tokens around a text" in notes[1]
 
@@ -277,23 +276,15 @@ def test_differences_around_a_text_are_told():
 def test_tokens_have_their_types(exported):
     tokenizer = sentencepiece("gemma")
     tokenizer.add_tokens(["<think>"])
-    fields = GGUFReader(exported(tokenizer)).fields
-    tokens, types, scores = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "scores")
-    )
-    kinds = dict(zip(tokens, types, strict=True))
-    assert [kinds[token] for token in ("<unk>", "<|bos|>", "<0x41>", "▁a", "<think>", "[PAD1001]")] == [
-        2,
-        3,
-        6,
-        1,
-        4,
-        5,
-    ]
+    fields = {key: field.contents() for key, field in GGUFReader(exported(tokenizer)).fields.items()}
+    names = ("tokens", "token_type", "scores")
+    contents, types, scores = (fields[f"tokenizer.ggml.{name}"] for name in names)
+    kinds = dict(zip(contents, types, strict=True))
+    wanted = {"<unk>": 2, "<|bos|>": 3, "<0x41>": 6, "▁a": 1, "<think>": 4, "[PAD1001]": 5}
+    assert {token: kinds[token] for token in wanted} == wanted
     ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(merges_of_backend(tokenizer))))}
-    assert all(scores[tokens.index(token)] == -rank for token, rank in ranks.items())
-    assert fields["tokenizer.ggml.model"].contents() == "llama"
-    assert fields["tokenizer.ggml.add_space_prefix"].contents() is False
+    assert all(scores[contents.index(token)] == -rank for token, rank in ranks.items())
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is False
 
 
 def merges_of_backend(tokenizer) -> list[list[str]]:
@@ -352,8 +343,6 @@ def as_messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", CHATS)
 def test_chat_templates_give_the_same_prompt(name, exported):
     tokenizer = CHATS[name]()
-    llama_cpp = LlamaCpp(exported(tokenizer))
-    for turns in CONVERSATIONS:
-        messages = as_messages(turns)
-        wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        assert llama_cpp.prompt_tokens(messages) == wanted
+    conversations = [as_messages(turns) for turns in CONVERSATIONS]
+    wanted = tokenizer.apply_chat_template(conversations, add_generation_prompt=True)["input_ids"]
+    assert prompts(exported(tokenizer), conversations) == wanted

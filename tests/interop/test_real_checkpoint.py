@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.llama_cpp import prompts, tokens
 from helpers.real_checkpoint import smollm2_folder, smollm2_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -97,3 +98,11 @@ def test_gguf_file_is_read_as_it_is_and_written_again(tmp_path):
     assert report["top1_agreement"] == 1.0
     ours = HfLmForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")
     assert sum(parameter.numel() for parameter in ours.parameters()) == 134_515_008
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    text = "It's 1984,   2 024\n\n\t“Größe” 你好 😀 <|im_start|>user\nWe'LL<|im_end|> "
+    system = [{"role": "system", "content": "Be brief. 简短。"}, *QUESTION]
+    prompt = tokenizer.apply_chat_template([QUESTION, system], add_generation_prompt=True)["input_ids"]
+    for file in (smollm2_gguf(), tmp_path / "gguf" / "model.gguf"):
+        assert tokens(file, [text]) == [tokenizer(text)["input_ids"]]
+        assert prompts(file, [QUESTION, system]) == prompt
