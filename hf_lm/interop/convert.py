@@ -290,7 +290,7 @@ def import_checkpoint(
             folder, dtype=torch.float32, **gguf, **gguf_head_dim(folder, **gguf)
         )
         ours = our_class(head).from_pretrained(staging, dtype=torch.float32)
-        rounded(reference, lambda weight: weight.to(saved_dtype))
+        rounded(reference, lambda _, weight: weight.to(saved_dtype))
         return write_report(staging, report | compare(ours, reference, tokenizer, text))
 
 

@@ -77,8 +77,8 @@ def export_gguf(source: str, destination: str | Path, dtype: str = "auto", text:
         writer.write_tensors_to_file()
         writer.close()
 
-        def as_written(weight: torch.Tensor) -> torch.Tensor:
-            kind = type_of(dtype, weight.numpy())
+        def as_written(name: str, weight: torch.Tensor) -> torch.Tensor:
+            kind = type_of(dtype, name, weight.numpy(), held.config.tie_word_embeddings)
             return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kind), kind))
 
         reference = model if dtype == "float32" else rounded(held, as_written)

@@ -405,5 +405,5 @@ def add_tensors(writer, row: GgufModel, model: PreTrainedModel, dtype: str) -> N
     from gguf import quants
 
     for name, tensor in tensors(row, model):
-        kind = type_of(dtype, tensor)
+        kind = type_of(dtype, name, tensor, model.config.tie_word_embeddings)
         writer.add_tensor(name, quants.quantize(tensor, kind), raw_dtype=kind)

@@ -38,10 +38,15 @@ def encode(
 
 
 @torch.no_grad()
-def rounded(model: PreTrainedModel, as_written: Callable[[torch.Tensor], torch.Tensor]) -> PreTrainedModel:
-    """A float32 model whose weights have lost what a file cannot hold: each is what comes back from it."""
-    for parameter in model.parameters():
-        parameter.copy_(as_written(parameter.detach()))
+def rounded(model: PreTrainedModel, as_written: Callable[[str, torch.Tensor], torch.Tensor]) -> PreTrainedModel:
+    """
+    A float32 model whose weights have lost what a file cannot hold.
+
+    Args:
+        as_written: name and value of a weight -> what comes back from the file.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(as_written(name, parameter.detach()))
     return model
 
 
