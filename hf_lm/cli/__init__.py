@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # lone surrogates, a terminal without UTF-8: print escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a command has one progress bar: its own
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; that of a notebook's kernel may not be installed here
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):  # read when torch is loaded
         os.environ["GOMP_SPINCOUNT"] = "10000"  # two runs on the same cores must not wait for each other spinning
     named = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))

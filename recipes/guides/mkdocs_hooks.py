@@ -124,6 +124,6 @@ def on_page_content(html: str, page, config, files: Files) -> str:
     def led(match: re.Match) -> str:
         found = follow(match[1], uri)
         target = files.get_file_from_path(posixpath.normpath(posixpath.join(posixpath.dirname(uri), found or "")))
-        return f'href="{target.url_relative_to(page.file)}{match[2]}"' if target else f'href="{found or ""}"'
+        return f'href="{target.url_relative_to(page.file)}{match[2] or ""}"' if target else f'href="{found or ""}"'
 
     return re.sub(r'href="([^":#]+\.(?:md|ipynb|py))(#[^"]*)?"', led, html)

@@ -77,6 +77,15 @@ def test_openmp_threads_spin_briefly_unless_the_user_says_otherwise(given, expec
     assert done.stdout.split("\n")[1] == expected
 
 
+def test_the_picture_backend_of_a_notebook_is_not_asked_for():
+    """A kernel puts its own into the environment; matplotlib refuses to load with one that is not installed."""
+    code = "import sys; sys.argv[0] = 'hf-lm'\nfrom hf_lm.cli import main\ntry: main(['--version'])\n"
+    code += "except SystemExit: import matplotlib; print(matplotlib.get_backend())"
+    environment = os.environ | {"MPLBACKEND": "module://of_another_environment"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split("\n")[1] == "agg", done.stderr[-500:]
+
+
 def test_a_tokenizer_that_is_not_the_models_is_invalid_input(tiny_model, tmp_path, capsys):
     from hf_lm import train_tokenizer
 
