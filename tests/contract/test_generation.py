@@ -8,7 +8,7 @@ cache, no mask, no batch. Contrastive search, DoLa and forced words are not in t
 import pytest
 import torch
 from harness.tested_configs import TESTED_CONFIGS, tiny_config
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -209,7 +209,8 @@ def test_continuous_batching_equals_generate(name, attention):
     model = build(name, attention)
     prompts = [[5, 17, 33], [8, 60, 21, 40, 41, 42, 43], [9]]
     config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    outputs = model.generate_batch(prompts, generation_config=config)
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # by default, a share of the machine's memory
+    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=room)
     generated = [output.generated_tokens for output in outputs.values()]
     model.set_attn_implementation(attention)
     expected = [greedy_by_hand(model, torch.tensor([prompt]), 8)[0, len(prompt) :].tolist() for prompt in prompts]
