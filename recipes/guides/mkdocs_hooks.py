@@ -27,7 +27,7 @@ ELSEWHERE = {
     for path in sorted((REPOSITORY / "model_cards").rglob("*"))
     if path.name.startswith("README.") or path.suffix == ".png"
 }
-GUIDES = ("train", "fine_tune", "import_export", "share", "scale", "troubleshoot")
+GUIDES = ("train", "fine_tune", "import_export", "run_elsewhere", "share", "scale", "troubleshoot")
 
 
 def repository_url() -> str:
