@@ -14,7 +14,7 @@ from .hardware import DEVICES, describe_hardware
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """
-    The list of decoder layers of any model of the library.
+    The list of decoder layers of any model of transformers.
 
     Raises:
         InputError: there is none.

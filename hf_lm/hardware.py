@@ -19,7 +19,7 @@ def device_type() -> str:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 there (on a CPU: AMX or AVX512-BF16)."""
+    """Whether bfloat16 matmuls are faster than float32 ones on a device (on a CPU: AMX or AVX512-BF16)."""
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

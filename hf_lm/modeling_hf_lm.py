@@ -457,7 +457,7 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs):
-        """As upstream, which copies each mask as a tensor: those of FlexAttention are none, `forward` makes them."""
+        """As transformers, which copies masks as tensors: those of FlexAttention are none, `forward` makes them."""
         is_flex = self.config._attn_implementation == "flex_attention"
         return attention_mask if is_flex else create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
@@ -487,8 +487,8 @@ class HfLmForCausalLM(HfLmPreTrainedModel, GenerationMixin):
 
         Args:
             labels: `(batch, sequence)`, the input ids or -100 where there is nothing to learn; shifted here.
-                `num_items_in_batch` and already shifted `shift_labels` are taken from `kwargs` as the library does.
-            logits_to_keep: compute logits of the last so many positions only (0: all), or of the given ones.
+                `num_items_in_batch` and already shifted `shift_labels` are taken from `kwargs` as transformers does.
+            logits_to_keep: number of last positions to compute logits of (0: all), or of the given ones.
             skip_logits: with labels, compute the loss without ever holding all logits, and return none; not where
                 something has taken the place of the head or the loss.
 

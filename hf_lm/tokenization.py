@@ -1,4 +1,4 @@
-"""Train a tokenizer on text: byte-level BPE, single characters, or bytes. Every string comes back as it was."""
+"""Train a tokenizer on text: byte-level BPE, single characters, or bytes. Decoding gives back every string."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, kind: str = "b
 
     Args:
         texts: what the vocabulary is learned from.
-        vocab_size: at most so many tokens, the three special ones included.
+        vocab_size: largest number of tokens, the three special ones included.
         kind: `"bpe"`: byte-level byte-pair encoding with GPT-2's word pattern. (GPT-4's pattern needs 3% fewer tokens
             on Moby-Dick, but the model then ended 0.02 bits per byte worse.) `"char"`: the texts' characters; others
             fall back to their bytes. `"byte"`: the 256 bytes.

@@ -1,4 +1,4 @@
-"""What a finished run leaves: metrics.json, the loss curve, the card, the recipe as it was run."""
+"""What a finished run leaves: metrics.json, the loss curve, the card, the recipe with every key."""
 
 import subprocess
 import sys

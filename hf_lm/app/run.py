@@ -49,7 +49,7 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM ended the run after a step; `checkpoint` holds it."""
 
     def __init__(self, signal_number: int, checkpoint: str | None):
-        super().__init__(f"Stopped by signal {signal_number}. Saved {checkpoint}; --resume goes on from there.")
+        super().__init__(f"Stopped by signal {signal_number}. Saved {checkpoint}; --resume continues from there.")
         self.exit_code = 128 + signal_number
 
 
@@ -58,7 +58,7 @@ def check_output_dir(arguments: HfLmTrainingArguments) -> str | None:
     Look at the output folder before anything is written.
 
     Returns:
-        The checkpoint to go on from, with `resume` or `resume_from_checkpoint`; else None.
+        The checkpoint to resume from, with `resume` or `resume_from_checkpoint`; else None.
 
     Raises:
         InputError: the folder cannot be written to; or it holds a run and neither `overwrite` nor `resume` is given; or
@@ -119,7 +119,7 @@ def fit(trainer: HfLmTrainer, checkpoint: str | None) -> None:
         )
         stopper = EarlyStoppingCallback(trainer.args.early_stopping_patience)
         saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-        if saved:  # upstream would count from 0 again
+        if saved:  # transformers would count from 0 again
             stopper.early_stopping_patience_counter = saved["attributes"][STOPPER_COUNT]
         trainer.add_callback(stopper)
     try:

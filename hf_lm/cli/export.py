@@ -5,7 +5,7 @@ import os
 
 from .import_ import add_shared, read_text, show
 
-# those that start with q are GGUF's, of about so many bits a weight
+# those that start with q are GGUF's, named by their bits a weight
 DTYPES = ("auto", "float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 K_QUANTS = (
     "GGUF's other types, such as Q4_K_M, are llama.cpp's to write: export with --dtype float16 (or bfloat16), then "

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="names of tasks or groups")
     parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
     parser.add_argument("--num-fewshot", type=int, help="solved examples in front of each item")
-    parser.add_argument("--limit", type=int, help="only so many items of each task")
+    parser.add_argument("--limit", type=int, help="number of items of each task (all)")
     parser.add_argument("--batch-size", type=int, default=8, help="requests at once (8)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 

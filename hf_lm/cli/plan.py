@@ -6,7 +6,7 @@ import json
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", default="this", help="this (some steps are timed), H100, H200, A100 or 4090")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="so many devices of it (1)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of these devices (1)")
     parser.add_argument("--price", type=float, metavar="X", help="of a device for an hour, in any currency")
     parser.add_argument(
         "--utilization", type=float, metavar="SHARE", help="of the peak that other hardware reaches (0.35)"

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def save(tokenizer, folder: Path) -> None:
     """Write the tokenizer's files beside the folder first: what is there is replaced whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-        for path in sorted(tokenizer.save_pretrained(aside)):
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
+        for path in sorted(tokenizer.save_pretrained(staging)):
             if os.path.exists(path):
                 os.replace(path, folder / os.path.basename(path))
 

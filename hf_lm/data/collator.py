@@ -25,7 +25,7 @@ class PackedCollator:
         lengths: where documents are packed, also say where they end in the flattened batch, as kernels for documents of
             different lengths (FlashAttention) need it: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, filled up to a power of
             two with the end, so that their number seldom changes), `max_length_q`, `max_length_k` (that of a row).
-        pad_to_multiple_of: the longest block is padded too, to a multiple of so many tokens.
+        pad_to_multiple_of: the longest block is padded too, to a multiple of this number of tokens.
         fill_to_rows: a batch of fewer blocks gets rows of padding: one shape, so that a compiled model has one graph.
     """
 

@@ -1,4 +1,4 @@
-"""Documents: one row a text, in one column, split into what is trained on and what is held out."""
+"""Documents: one row a text, in one column, split into training and held-out documents."""
 
 import glob
 import hashlib
@@ -154,7 +154,7 @@ def cells_as_text(rows, columns: Sequence[str], where: str):
 
 def _load_files(key: str, arguments: DataArguments, keep):
     paths = expand(key, getattr(arguments, key))
-    streaming = arguments.streaming and key == "train_file"  # what is held out is read again and again
+    streaming = arguments.streaming and key == "train_file"  # the held-out set is read again and again
     return keep(read_files(key, paths, arguments.encoding, streaming), name_files(paths))
 
 

@@ -15,7 +15,7 @@ from .cache import cached
 
 VERSION = 3  # raise it when a function makes other rows of tokens: it is part of the cache's key
 READ, WRITTEN = 16, 1000  # rows read, rows of tokens written at once
-SHARE = 100  # so many rows for each reader of a stream make the readers' shares about equal
+SHARE = 100  # rows for each reader of a stream make the readers' shares about equal
 
 
 def rows_of(rows: Dataset | IterableDataset) -> Iterator[dict]:

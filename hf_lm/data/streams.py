@@ -11,7 +11,7 @@ import torch
 class EndlessStream(torch.utils.data.IterableDataset):
     """
     A stream over and over, shuffled anew each time where it shuffles. What it yields depends on nothing but the stream,
-    so that a place in it is a number of rows, whatever the epoch: upstream's trainer loses it after the first one.
+    so that a place in it is a number of rows, whatever the epoch: transformers' trainer loses it after the first one.
 
     Args:
         rows: a stream with a fixed order (for a given epoch, where it has `set_epoch`).

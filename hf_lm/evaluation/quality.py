@@ -26,7 +26,7 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
 
 @torch.no_grad()
 def _signed_confidence(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, **inputs) -> torch.Tensor:
-    """The probability of the likeliest token at each place, negative where another one came; `(batch, sequence)`."""
+    """The probability of the most likely token at each place, negative where another one came; `(batch, sequence)`."""
     logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[:, :-1].float()
     confidence, guess = logits.softmax(dim=-1).max(dim=-1)
     return nn.functional.pad(torch.where(guess == labels[:, 1:], confidence, -confidence), (1, 0))
@@ -40,7 +40,7 @@ def token_calibration(model: nn.Module, batches: Iterable[dict]) -> dict:
         batches: the model's inputs, with `labels`, which are -100 where nothing is counted.
 
     Returns:
-        `ece` (see above), `accuracy` of the likeliest token, its mean `confidence`, `tokens`.
+        `ece` (see above), `accuracy` of the most likely token, its mean `confidence`, `tokens`.
     """
     counted = []
     for batch in batches:

@@ -20,7 +20,7 @@ from ..generation.prompts import context_limit, context_prefix
 from ..loading import load_model, load_tokenizer
 
 PIECE = 128  # bytes of the smallest piece of text that is looked at on its own
-# Where there are few documents, so many runs of text are resampled. Runs must be long, for hard passages are: on a tenth
+# With few documents, this number of runs of text is resampled. Runs are long, because hard passages are: on a tenth
 # of Moby-Dick (120 KB) runs of 128 bytes give an interval of 0.033 bits per byte, of 1 KB 0.053, of 4 KB 0.073.
 RUNS = 30
 LOGITS = 1 << 28  # logits of one forward at most (1 GiB in float32): large vocabularies get smaller batches
@@ -60,7 +60,7 @@ def score_windows(
     """
     The log-probabilities (or what else `measure` finds) of the labelled tokens of each window, in order.
 
-    Windows of like length share a batch, padded on the right and masked, which any model of the library understands;
+    Windows of like length share a batch, padded on the right and masked, which any model of transformers understands;
     what else is in a batch does not change a window's result.
 
     Args:
@@ -225,7 +225,7 @@ def score_documents(
     batch_size: int = 8,
 ) -> TextScore:
     """
-    Score texts with any causal language model of the library.
+    Score texts with any causal language model of transformers.
 
     Every token of every document, eos included, is scored once, so the result is the same at any batch size. Without
     a `stride` documents are cut as `pack_documents` cuts them: with the run's block size the number is the one a

@@ -92,7 +92,7 @@ class PackedLinear(nn.Module):
             where it holds them as they are. Without FBGEMM weights always stay as they are.
 
     Attributes:
-        weight_bytes (`int`): so many are read to multiply one row.
+        weight_bytes (`int`): bytes read for a matmul of one row.
     """
 
     def __init__(self, *layers: nn.Linear, bits: int | None = None):
@@ -264,7 +264,7 @@ def use_huge_pages(layers: list[PackedLinear]) -> None:
     """
     Ask Linux to hold the weights in pages of 2 MiB. What is read once from end to end otherwise takes a look into the
     page tables every 4 KiB. No more than a hint: where the kernel cannot (before 6.1, no memory in one piece), all
-    stays as it was.
+    stays unchanged.
     """
     if sys.platform != "linux":
         return

@@ -334,7 +334,7 @@ def build_card(
     )  # the base model's are others
     head = f", id2label={dict(enumerate(labels))}" if labels and pipeline == "text-classification" else ""
     remote_code = "auto_map" in artifacts["config"]
-    # The tokenizer is none of ours, but the library asks before it looks at the config.
+    # The tokenizer is none of ours, but transformers asks before it looks at the config.
     trust = ", trust_remote_code=True" if remote_code else ""
     baselines = [
         row | {"name": f"{row['name']}: {other['name']}"}

@@ -259,7 +259,7 @@ def loss_is_accumulation_invariant(patient: Patient) -> str | None:
     return None if same else f"{parts.item():.4f} in two steps, {whole.item():.4f} in one"
 
 
-# (what is promised, how it is checked, how to mend it)
+# (what is promised, how it is checked, how to fix it)
 CHECKS: tuple[tuple[str, Callable[[Patient], str | None], str], ...] = (
     ("paths stay inside the folder", paths_stay_inside, "put the files into the folder and name them without a path"),
     ("no pickle files", no_pickles, "delete them, or save weights with save_pretrained (safetensors)"),
@@ -292,7 +292,7 @@ def examine(
     Check a model's folder.
 
     Args:
-        trust_remote_code: run the Python files of the folder, if its architecture is neither the library's nor ours.
+        trust_remote_code: run the Python files of the folder, if its architecture is neither transformers' nor ours.
         skip: names of checks to leave out.
 
     Returns:

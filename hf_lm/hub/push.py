@@ -21,7 +21,7 @@ REQUIRED = ("config.json", "tokenizer_config.json", "README.md")  # and what the
 
 
 class PushFailed(Failure):
-    """The upload did not end well; the message says what the remote holds and how to go on."""
+    """The upload failed; the message says what the remote holds and what to do."""
 
 
 def check_repo(repo: str) -> None:
@@ -151,7 +151,7 @@ def push(
 
 
 def explain(error: Exception, repo: str, before: str | None, after: str | None) -> str:
-    """What a person should know after a failed push: why, what the remote holds now, how to go on."""
+    """What a person should know after a failed push: why, what the remote holds now, what to do."""
     reasons = [" ".join(str(reason).split()).rstrip(".") for reason in (error, error.__cause__) if reason is not None]
     response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403, 404):
@@ -163,7 +163,7 @@ def explain(error: Exception, repo: str, before: str | None, after: str | None) 
     elif after is None:
         state = f"It was at commit {before}, and cannot be asked now"
     elif after == before:
-        state = "It is as it was before"
+        state = "It is unchanged"
     else:
         state = f"Yet it is now at commit {after}: look whether that is yours"
     return f"{repo}: {' ('.join(reasons)}{')' * (len(reasons) - 1)}. {state}; {advice}."

@@ -1,4 +1,4 @@
-"""Adapters by the library `peft`, such as LoRA (arXiv:2106.09685): add one to a model, merge one into the weights."""
+"""Adapters by `peft`, such as LoRA (arXiv:2106.09685): add one to a model, merge one into the weights."""
 
 import hashlib
 import os

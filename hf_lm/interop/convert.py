@@ -109,7 +109,7 @@ def find_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase | None:
     """
     names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(source, name))]
     if os.path.isdir(source) and not names and not kwargs:
-        return None  # the library would build an empty one
+        return None  # transformers would build an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         if kwargs:
@@ -325,7 +325,7 @@ def as_held(model: HfLmPreTrainedModel, family: Family) -> HfLmPreTrainedModel:
 
 def to_native(model: HfLmPreTrainedModel, family: str | None = None) -> PreTrainedModel:
     """
-    The same model as one of the library's own classes, sharing its weights where the layouts agree.
+    The same model as one of transformers' own classes, sharing its weights where the layouts agree.
 
     Args:
         family: a key of `FAMILIES`; default: the first one that has all options of the model.

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from ..errors import InputError
 from ..files import as_table, read_json
 
-MAX_HEADER = 100_000_000  # bytes of a safetensors header, the library's own limit
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, safetensors' own limit
 
 
 def is_missing_folder(name: str, *others: str) -> bool:

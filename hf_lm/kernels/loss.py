@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 # slice should stay in the cache; where products take nearly all of the time, larger ones are faster.
 SLICE_ELEMENTS = {"cpu16": 2**19, "cpu32": 2**22, "default": 2**27}
 SLICE_ROWS = 256  # or a multiple: whole tiles; not less, for each slice adds to the gradient of the whole matrix
-# In 16 bits a larger vocabulary is sliced too on a CPU, so many columns each, and the logits are computed twice, the first
+# In 16 bits a larger vocabulary is sliced too on a CPU, by this number of columns, and the logits are recomputed, the first
 # time only to add up each row. 2,048 rows at a vocabulary of 49,152: 1.1 s of one thread, instead of 1.7 s in slices of
 # whole rows. In float32 the fourth product costs more than it saves (AVX2, two threads: 3.3 s, and 2.2 s in whole rows).
 WIDE_VOCABULARY, SLICE_COLUMNS = 2**14, 2**11
@@ -116,7 +116,7 @@ def _loss_and_gradients(
                 at_label = z.gather(1, place)
                 # On a CPU the softmax may take the place of the scores; of capped ones the slope is still to come.
                 room = z if cap is None and device == "cpu" else None
-                if log_total is None:  # the library's softmax passes over the numbers once, and its largest is 1 / sum
+                if log_total is None:  # PyTorch's softmax passes over the numbers once, and its largest is 1 / sum
                     largest = z.amax(dim=-1, keepdim=True)
                     dz = torch.softmax(z, dim=-1, out=room)
                     log_total = largest - dz.amax(dim=-1, keepdim=True).log()
@@ -278,7 +278,7 @@ def linear_cross_entropy(
     **kwargs,
 ) -> torch.Tensor:
     """
-    The causal language-modelling loss without the logits: equal to the library's `ForCausalLMLoss` of them, in value
+    The causal language-modelling loss without the logits: equal to transformers' `ForCausalLMLoss` of them, in value
     and gradient, but never more than a slice of the logits exists at a time.
 
     Args:

@@ -22,7 +22,7 @@ from ..training.manifest import Progress
 WARM_UP = 4  # steps that are not counted: kernels are chosen, memory is taken
 SHARE = 0.03  # of the run's steps are enough: a short run is not kept waiting
 SAVE_SECONDS, SAVED_BYTES_PER_SECOND = 0.15, 2.5e8  # of a checkpoint with its hashes
-HEAP_GROWTH = 1.3  # of memory in a run that trains and evaluates by turns: what is free falls to pieces
+HEAP_GROWTH = 1.3  # of memory in a run that trains and evaluates by turns: heap fragmentation
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def _step_costs(rehearsal, watch: _Stopwatch) -> dict:
 
 
 def _evaluation_seconds(rehearsal, batches: int) -> float:
-    """Of all rows held out, from so many batches of rows that are taken at even distances: they may be sorted."""
+    """Of all rows held out, from a number of batches of rows, taken at even distances: they may be sorted."""
     rows, size = rehearsal.eval_dataset, batches * rehearsal.args.eval_batch_size
     some, times = rows.select(range(0, len(rows), max(1, len(rows) // size))), [_now(rehearsal.args.device)]
     rehearsal.model.eval()

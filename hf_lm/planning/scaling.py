@@ -1,4 +1,4 @@
-"""Which new model to train in so many seconds: a law of the loss, fitted to a sweep, and the speed of this machine."""
+"""Which new model to train in a given time, by a scaling law fitted to a sweep and the speed of this machine."""
 
 import json
 import math
@@ -113,7 +113,7 @@ class _Candidates:
     def rate(self, place: tuple[int, int, int], seconds: float) -> dict:
         """
         Steps that fit into the budget, and the bits per byte that they lead to, at a place in `SHAPES`, `VOCABULARIES`
-        and `BATCHES`; so many seconds of steps are measured.
+        and `BATCHES`; number of seconds for which steps are measured.
         """
         (width, layers), vocabulary, batch = SHAPES[place[0]], VOCABULARIES[place[1]], BATCHES[place[2]]
         trainer = self.build(width, layers, vocabulary, batch)

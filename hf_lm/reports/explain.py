@@ -97,7 +97,7 @@ def integrated_gradients(
     the change between its ends (completeness) is less than its share of `tolerance` times the whole change.
 
     Args:
-        kept: so many first tokens, the start of a text, are left as they are.
+        kept: number of first tokens, the start of a text, that stay unchanged.
 
     Returns:
         `values` `(sequence,)` in nats, `start` and `end`: the log-probability without and with the tokens; `points`

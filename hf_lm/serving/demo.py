@@ -69,7 +69,7 @@ def build_demo(name: str, model: nn.Module, tokenizer) -> gr.Blocks:
     def settings() -> list[gr.Slider]:
         return [
             gr.Slider(1, max(limit // 2, 2), min(200, max(limit // 2, 1)), step=1, label="New tokens at most"),
-            gr.Slider(0, 2, 0.8, step=0.05, label="Temperature (0: the likeliest token each time)"),
+            gr.Slider(0, 2, 0.8, step=0.05, label="Temperature (0: greedy)"),
             gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p"),
         ]
 

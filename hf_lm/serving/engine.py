@@ -26,7 +26,7 @@ MIN_STEPS = 8  # of a batch before others join it
 
 @dataclass
 class Scored:
-    """A token with its log-probability (None: nothing stands before it) and the likeliest tokens at its place."""
+    """A token with its log-probability (None: nothing stands before it) and the most likely tokens at its place."""
 
     token: int
     start: int  # character of the text at which it begins
@@ -107,7 +107,7 @@ class Row:
         text: of the answer.
         emit: called with each `Piece`, from the engine's thread.
         seed: the same seed gives the same answer.
-        top: how many of the likeliest tokens go along with each; None: no log-probabilities at all.
+        top: number of the most likely tokens returned with each; None: no log-probabilities at all.
         prompt_text: where the prompt's log-probabilities are wanted, too: an empty `Text`.
         matcher: the grammar that the answer follows, an `LLMatcher`.
         penalties: of frequency and presence.
@@ -268,7 +268,7 @@ class Engine:
                 row.finish(error)
 
     def _generate(self, rows: list[Row]) -> None:
-        """Let the rows grow until all have ended, or until it pays to go on as another batch."""
+        """Let the rows grow until all have ended, or until another batch is faster."""
         texts, engine = [row.prompt + row.new for row in rows], self
         width = max(map(len, texts))
 

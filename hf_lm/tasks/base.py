@@ -43,7 +43,7 @@ def add_embeddings(model: torch.nn.Module, count: int, stands_for: list[list[int
 
     Args:
         stands_for: the old tokens that each of the first new ones replaces; it starts as their mean. The rest starts as
-            the library has it: drawn around the mean of all (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+            transformers has it: drawn around the mean of all (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     old = model.get_input_embeddings().num_embeddings
     model.resize_token_embeddings(count)
@@ -279,7 +279,7 @@ class Task(ABC):
         )
 
     def build_trainer(self, data: PreparedData) -> HfLmTrainer:
-        """Data and model in a trainer that is ready to run, or to go on from a checkpoint."""
+        """Data and model in a trainer that is ready to run, or to resume from a checkpoint."""
         arguments, tokenizer, encoded = self.training_arguments, data.tokenizer, dict(data.encoded)
         if isinstance(encoded["train"], IterableDataset) and self.data_arguments.shuffle_buffer_size:
             size = self.data_arguments.shuffle_buffer_size

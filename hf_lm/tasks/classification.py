@@ -150,7 +150,7 @@ def encode_labelled(
     learned. Of what is too long the text's end goes.
 
     Args:
-        policy: what becomes of what is too long: `"cut"`, `"drop"` (of training only: what is held out is scored whole)
+        policy: for examples that are too long: `"cut"`, `"drop"` (in training only: the held-out set is scored whole)
             or `"error"`.
         is_class: the examples have the numbers of their labels.
 

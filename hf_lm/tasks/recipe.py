@@ -57,7 +57,7 @@ class _Names:
 
     def __init__(self, where: str):
         self.where = where
-        self.written: dict[str, str] = {}  # each key's name as it was written
+        self.written: dict[str, str] = {}  # each key's name in the file
 
     def current(self, name: str) -> str:
         """

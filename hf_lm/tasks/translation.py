@@ -70,7 +70,7 @@ class Translation(Task):
     """
     Parallel texts: a column for each language, or one column `translation` of `{language: text}`.
 
-    The examples of all `language_pairs` are shuffled once, by the seed. What is held out for testing (or else for
+    The examples of all `language_pairs` are shuffled once, by the seed. The part held out for testing (or else for
     validation) is translated at the end by beam search.
     """
 

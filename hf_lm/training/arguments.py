@@ -55,7 +55,7 @@ class HfLmTrainingArguments(TrainingKeys, TrainingArguments):
             raise InputError(f"max_steps: must be at least 1, or -1 to train num_train_epochs, got {self.max_steps}.")
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise InputError(f"num_train_epochs: must be more than 0, got {self.num_train_epochs}.")
-        self.use_cpu = device == "cpu"  # upstream takes bfloat16 on a CPU only when told that it is one
+        self.use_cpu = device == "cpu"  # transformers takes bfloat16 on a CPU only when told that it is one
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):  # as YAML has it
             self.fsdp = self.fsdp.lower() == "true"
         if self.bf16 is None:

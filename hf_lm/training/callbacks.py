@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on, and how they stop it."""
+"""What a person sees of a run while it trains, and how they stop it."""
 
 import json
 import math
@@ -196,17 +196,17 @@ class InterruptCallback(TrainerCallback):
             self.signal = int(gather(torch.tensor([self.signal or 0], device=args.device)).max()) or None
         if self.signal is not None:
             control.should_training_stop = True
-            # What decides the best checkpoint is not left out: the run that goes on from here would not make up for it.
+            # What decides the best checkpoint is not left out: a resumed run would not make up for it.
             control.should_evaluate = control.should_evaluate and args.metric_for_best_model is not None
         return control
 
     def on_save(self, args, state, control, **kwargs):
         self._saved_step = state.global_step
-        if self.signal is not None:  # it is saved; upstream's end would load the best and might delete all others
+        if self.signal is not None:  # it is saved; transformers would load the best now and might delete all others
             state.best_model_checkpoint = None
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Upstream comes here when it stops, with everything that the step asked for done."""
+        """transformers calls this when it stops, after all that the step asked for."""
         if self.signal is not None:
             control.should_save = self._saved_step != state.global_step
             complete = state.epoch % 1 == 0 and args.save_strategy != "best"  # which might refuse to save

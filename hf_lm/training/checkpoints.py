@@ -146,7 +146,7 @@ def rotate(run: Path, limit: int | None, keep: list[Path]) -> None:
 
 def damage(folder: Path, contents: bool = True) -> str | None:
     """
-    Why a checkpoint cannot be trusted, in a few words; None if it is as it was written.
+    Why a checkpoint cannot be trusted, in a few words; None if it is intact.
 
     Args:
         contents: look at every byte; else only at which files there are, and at their sizes.
@@ -183,10 +183,10 @@ def newest_valid(run: Path, report=print) -> Path | None:
         if (folder / UNCOMMITTED).exists():
             shutil.rmtree(folder)
             continue
-        aside = folder.with_name(f"_damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-        report(f"{folder} is damaged: {reason}. It was set aside as {aside.name}.")
+        damaged = folder.with_name(f"_damaged-{folder.name}")
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.rename(folder, damaged)
+        report(f"{folder} is damaged: {reason}. It was renamed to {damaged.name}.")
     return None
 
 
@@ -204,7 +204,7 @@ def require_complete(
     folder: Path, arguments: dict, allow_changes: bool = False, restart_missing_state: bool = False, report=print
 ) -> None:
     """
-    Refuse to go on from a checkpoint that lacks a part of the run's state or was made with other settings.
+    Refuse to resume from a checkpoint that lacks a part of the run's state or was made with other settings.
 
     Args:
         restart_missing_state: let parts start anew that can; `report` is told which.
@@ -215,16 +215,16 @@ def require_complete(
     manifest = read_manifest(folder)
     lost = [what for pattern, what in NEEDED.items() if not any(folder.glob(pattern))]
     if lost:
-        raise InputError(f"{folder} lacks {', '.join(lost)}: the run cannot go on from it.")
+        raise InputError(f"{folder} lacks {', '.join(lost)}: the run cannot resume from it.")
     missing = [what for patterns, what in CAN_START_ANEW.items() if not any(any(folder.glob(p)) for p in patterns)]
     missing += [] if "progress" in manifest else ["the place in the data"]
     if missing and not restart_missing_state:
         raise InputError(
-            f"{folder} lacks {', '.join(missing)}: the run cannot go on exactly from it. Add --restart_missing_state "
+            f"{folder} lacks {', '.join(missing)}: the run cannot resume exactly from it. Add --restart_missing_state "
             "to start these anew."
         )
     if missing:
-        report(f"{folder} lacks {', '.join(missing)}: the run goes on with these started anew.")
+        report(f"{folder} lacks {', '.join(missing)}: the run resumes with these started anew.")
     saved = manifest.get("arguments", {})
     changed = [f"{key} {saved[key]!r} -> {arguments.get(key)!r}" for key in saved if saved[key] != arguments.get(key)]
     if changed and not allow_changes:

@@ -94,9 +94,9 @@ def fit_to_gpu(model: PreTrainedModel, half: bool, attention: bool = True, recom
     """
     Let a model train on a GPU as fast as it can without keeping much.
 
-    - In 16 bits on a CUDA device packed documents are kept apart by their lengths, not by a mask (attention `"varlen"`).
+    - In 16 bits on a CUDA device packed documents use varlen attention (cumulative sequence lengths) instead of a mask.
     - Compiled layers save for the backward what `choose_in_compiled_layer` says: 135M parameters, vocabulary 49k, took 0.55
-      instead of 0.65 of upstream's memory, as fast (`recipes/benchmarks`).
+      instead of 0.65 of transformers' memory, as fast (`recipes/benchmarks`).
 
     Args:
         half: whether matmuls are computed in 16 bits.

@@ -1,5 +1,5 @@
 """
-The keys that this package adds to a recipe: those of the model, and those beside upstream's `TrainingArguments`.
+The keys that this package adds to a recipe: those of the model, and those beside transformers' `TrainingArguments`.
 
 Nothing here imports torch, so that `hf-lm train --help` answers at once.
 """
@@ -101,7 +101,7 @@ class ModelArguments:
 
 @dataclass
 class TrainingKeys:
-    """How it is trained, beside `transformers.TrainingArguments`: our own keys, and upstream's with other defaults."""
+    """How it is trained, beside `transformers.TrainingArguments`: our own keys, and theirs with other defaults."""
 
     output_dir: str | None = field(
         default="runs/hf_lm", metadata={"help": "folder that receives everything", "is_path": True}
@@ -113,7 +113,8 @@ class TrainingKeys:
         default="tensorboard", metadata={"help": "tensorboard, trackio, wandb, ..., several of them, or none"}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "hide NaN losses from the log (upstream's default; here they stop the run)"}
+        default=False,
+        metadata={"help": "hide NaN losses from the log (default of transformers; here they stop the run)"},
     )
     lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "shape of the learning rate"})
     lr_decay_ratio: float = field(
@@ -149,7 +150,7 @@ class TrainingKeys:
     resume: bool = field(default=False, metadata={"help": "resume from the newest checkpoint in output_dir"})
 
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "upstream's key; every parameter of ours is used in every step"}
+        default=False, metadata={"help": "transformers' key; every parameter of ours is used in every step"}
     )
     allow_changes: bool = field(
         default=False, metadata={"help": "resume although arguments differ from the saved run"}
@@ -161,7 +162,7 @@ class TrainingKeys:
         default="stop",
         metadata={
             "help": "when loss or gradients are NaN or infinite: stop, skip the batch, or rollback to the last "
-            "checkpoint's weights and go on with the next batch"
+            "checkpoint's weights and continue with the next batch"
         },
     )
     max_divergences: int = field(default=10, metadata={"help": "stop after more divergences than this"})

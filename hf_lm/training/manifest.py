@@ -53,7 +53,7 @@ class Manifest(TypedDict, total=False):
 
 @dataclass
 class Progress:
-    """Counts of a run that go on over a resume. `tokens` are those of all processes, `seconds` those of training."""
+    """Counts of a run that continue over a resume. `tokens` are those of all processes, `seconds` those of training."""
 
     rows: int | None = None
     tokens: int = 0

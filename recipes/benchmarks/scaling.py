@@ -19,7 +19,7 @@ import harness
 
 RECIPE = Path(__file__).parents[1] / "addresses" / "config.yaml"
 BLOCK = 128
-# What a size can reach at best does not depend on how it is trained: from 28 runs of the recipe as it was before
+# What a size can reach at best does not depend on how it is trained: from 28 runs of the recipe before
 # 2026-11-26, of up to 6.3 million parameters. Runs as few and as small as those below do not tell.
 FLOOR, ALPHA, DELTA = 0.6756, 0.3959, 0.1847
 POINT = ("hidden_size", "layers", "vocabulary", "batch", "tokens")

@@ -103,8 +103,9 @@ def lay_out(folder: Path) -> None:
         for member in archive:
             parts = Path(member.name).parts[1:]
             if len(parts) == 2 and parts[0] == "tests" and parts[1].endswith(".py"):
-                member.name = "/".join(parts)
-                archive.extract(member, folder, filter="data")
+                path = folder / "tests" / parts[1]
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())
     for name, content in STAND_INS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")

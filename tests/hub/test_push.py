@@ -135,7 +135,7 @@ def test_a_token_without_the_right_to_write_changes_nothing_and_is_not_shown(hub
     hub.create("owner/m")
     before = hub.state()
     code = PLAN + "push(plan, 'owner/m', token=token)"
-    with pytest.raises(RemoteError, match="403.*It is as it was before; .*hf auth login") as error:
+    with pytest.raises(RemoteError, match="403.*It is unchanged; .*hf auth login") as error:
         client(code, folder=model_folder, token=READER)
     assert hub.state() == before and READER not in str(error.value) + client.output
 
@@ -151,7 +151,7 @@ def test_nothing_is_lost_or_half_committed_whatever_breaks_once(hub, impatient_c
     except RemoteError as error:
         arrived = hub.state() != before
         assert arrived == (kind == "lost" and call == "commit")
-        assert re.search("Yet it is now at commit" if arrived else "Nothing was sent|as it was before", str(error))
+        assert re.search("Yet it is now at commit" if arrived else "Nothing was sent|is unchanged", str(error))
         assert "run the same command again" in str(error)
         assert impatient_client(PLANNED)
     assert hub.files("owner/m") == contents(model_folder)

@@ -62,7 +62,7 @@ def test_every_damage_is_found(tmp_path):
     assert "SHA-256" in damage(folder)
     said = []
     assert newest_valid(tmp_path, said.append) is None
-    assert len(said) == 6 and all("set aside as _damaged-checkpoint-" in line for line in said)
+    assert len(said) == 6 and all("renamed to _damaged-checkpoint-" in line for line in said)
 
 
 def test_the_limit_counts_valid_checkpoints_and_never_takes_the_last_of_them(tmp_path):
@@ -163,7 +163,7 @@ def test_weights_alone_are_gone_on_from_by_choice(recipe, tmp_path, capsys):
         train(*parse_recipe(path, ["--resume", "--allow_changes"]))
     metrics = train(*parse_recipe(path, ["--resume", "--allow_changes", "--restart_missing_state"]))
     assert metrics["steps"] == 12
-    assert "goes on with these started anew" in capsys.readouterr().err
+    assert "resumes with these started anew" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -273,6 +273,6 @@ def test_signal_saves_and_resume_goes_on(recipe, tmp_path, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
-    assert "--resume goes on from there" in errors
+    assert "--resume continues from there" in errors
     assert "Traceback" not in errors
     assert list((tmp_path / "run").glob("checkpoint-*"))

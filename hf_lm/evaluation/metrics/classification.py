@@ -33,7 +33,7 @@ def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
 class HfLmClassification(evaluate.Metric):
     """
     `accuracy`, `macro_precision`, `macro_recall` and `macro_f1` with 95% percentile bootstrap intervals over the
-    examples, and the expected calibration error (15 bins of equal width) of the likeliest class' probability.
+    examples, and the expected calibration error (15 bins of equal width) of the most likely class's probability.
 
     Macro averages are over the classes that occur among references or predictions.
     """
