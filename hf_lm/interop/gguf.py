@@ -105,13 +105,8 @@ def _read_again(
         return report | {"same_tokens": same_tokens(folder, tokenizer, text)}
     if not llama_cpp.is_installed():
         return {"judge": None}
-    request = {"content": text, "add_special": False, "parse_special": True}
-    found = llama_cpp.ask(folder / FILE_NAME, [("/tokenize", request)])[0]["tokens"]
     number = min(row.context_length(reference.config) // 2, GREEDY)
-    prompt, _ = encode(text, tokenizer, reference.config.vocab_size, number)
-    prompt, special = prompt[0].tolist(), tokenizer.all_special_ids
-    report = compare_with_llama_cpp(folder / FILE_NAME, reference, prompt, number, special, dtype)
-    return report | {"same_tokens": found == tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return compare_with_llama_cpp(folder / FILE_NAME, reference, tokenizer, text, number, dtype)
 
 
 def same_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> bool | None:
@@ -139,32 +134,36 @@ def transformers_understands(folder: Path, config: HfLmConfig) -> bool:
 
 @torch.no_grad()
 def compare_with_llama_cpp(
-    file: Path, reference: PreTrainedModel, prompt: list[int], number: int, special: list[int], dtype: str
+    file: Path, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, number: int, dtype: str
 ) -> dict[str, Any]:
     """
-    Let llama.cpp continue a prompt greedily, and read what it wrote with our model.
+    Let llama.cpp continue the beginning of a text greedily, and read what it wrote with our model.
 
     Args:
         reference: in float32.
-        number: how many tokens are to be written.
-        special: tokens that are not to be written, such as those that end a text.
+        number: how many tokens are read and at most written. Special ones, such as those that end a text, are not written.
         dtype: of the file.
 
     Returns:
         `top1_agreement`: how often llama.cpp's token is also our model's most likely one, of `tokens`;
         `max_logprob_difference`: between its and our logarithms of the probabilities of the ten tokens that it finds most
-        likely, at the last eight places of the prompt.
+        likely, at the last eight places of the beginning; `same_tokens`: whether it splits the text as the tokenizer does.
 
     Raises:
         RuntimeError: they differ too much.
     """
+    ids, _ = encode(text, tokenizer, reference.config.vocab_size, number)
+    prompt, special = ids[0].tolist(), tokenizer.all_special_ids
     # llama.cpp tells no probabilities at a place whose most likely token is no whole character: so at several
     places = range(len(prompt), 0, -1)[:8]
-    requests = [llama_cpp.greedy_request(prompt, number, special)]
+    requests = [
+        ("/tokenize", {"content": text, "add_special": False, "parse_special": True}),
+        llama_cpp.greedy_request(prompt, number, special),
+    ]
     for length in places:
         path, body = llama_cpp.greedy_request(prompt[:length], 1, special)
         requests.append((path, body | {"n_probs": 10}))
-    written, *answers = llama_cpp.ask(file, requests, len(prompt) + number)
+    split, written, *answers = llama_cpp.ask(file, requests, len(prompt) + number)
     tokens = written["tokens"]
     logprobs = reference(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
     difference = 0.0
@@ -185,4 +184,5 @@ def compare_with_llama_cpp(
         "max_logprob_difference": difference,
         "top1_agreement": found.float().mean().item(),
         "tokens": len(tokens),
+        "same_tokens": split["tokens"] == tokenizer(text, add_special_tokens=False)["input_ids"],
     }
