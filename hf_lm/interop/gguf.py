@@ -150,7 +150,7 @@ def compare_with_llama_cpp(
         likely, at the last eight places of the beginning; `same_tokens`: whether it splits the text as the tokenizer does.
 
     Raises:
-        RuntimeError: they differ too much.
+        Failure: they differ too much.
     """
     ids, _ = encode(text, tokenizer, reference.config.vocab_size, number)
     prompt, special = ids[0].tolist(), tokenizer.all_special_ids

@@ -30,7 +30,7 @@ def ask(file: str | Path, requests: list[tuple[str, dict[str, Any]]], context: i
         The answers.
 
     Raises:
-        RuntimeError: llama.cpp cannot read the file, or refuses a request; with its last lines.
+        Failure: llama.cpp cannot read the file, or refuses a request; with its last lines.
     """
     from ..errors import Failure
 

@@ -160,6 +160,6 @@ def test_each_step_from_rows_to_tokens_stands_once(repository):
     assert found == {
         "cached": ["data/pipeline.py", "data/readers.py"],
         "from_generator": ["data/pipeline.py", "data/readers.py"],
-        "from_list": ["data/documents.py"],  # what is held out of a stream from the Hub
+        "from_list": ["data/documents.py"],  # the held-out rows of a stream from the Hub
         "token_rows": ["data/examples.py", "data/packing.py"],
     }
